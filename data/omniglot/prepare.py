@@ -1,0 +1,145 @@
+"""Official Omniglot archives -> train.npy, val.npy, test.npy and split.json, as the experiment reads them.
+
+    python data/omniglot/prepare.py                 # downloads the two archives (14 MB)
+    python data/omniglot/prepare.py --source DIR    # DIR holds images_background.zip and images_evaluation.zip, or their folders
+
+1,623 characters, shuffled by random.Random(47) and cut 1200/100/323; each character's four rotations are four
+classes of one split. Arrays are (4800|400|1292, 20, 28, 28, 1) uint8, ink high.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+ARCHIVES = {"images_background": 964, "images_evaluation": 659}  # characters in each
+DRAWINGS, ROTATIONS = 20, (0, 90, 180, 270)
+SPLITS = {"train": 1200, "val": 100, "test": 323}  # characters
+
+
+class SourceError(Exception):
+    """Archives that cannot be used: the message names what was found and what was expected."""
+
+
+def download(folder):
+    """Both official archives into `folder`, checked against their published MD5 sums by torchvision."""
+    from torchvision.datasets import Omniglot
+    from torchvision.datasets.utils import download_url
+
+    for name in ARCHIVES:
+        try:
+            download_url(f"{Omniglot.download_url_prefix}/{name}.zip", folder, f"{name}.zip", Omniglot.zips_md5[name])
+        except (OSError, RuntimeError) as error:
+            raise SourceError(f"{name}.zip: download failed ({error}); fetch it yourself and pass its folder as --source") from None
+
+
+def open_archive(source, name):
+    """The PNGs of one archive: {'Alphabet/characterNN': [bytes of its 20 drawings, in order of file name]}.
+
+    Reads `name`.zip or the folder `name` in `source`. Raises SourceError if it is missing, damaged or incomplete.
+    """
+    folder, archive = source / name, source / f"{name}.zip"
+    characters = {}
+    if archive.is_file():
+        try:
+            with zipfile.ZipFile(archive) as file:
+                for entry in sorted(file.namelist()):
+                    if entry.endswith(".png") and "__MACOSX" not in entry:
+                        characters.setdefault("/".join(entry.split("/")[-3:-1]), []).append(file.read(entry))
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise SourceError(f"{archive}: damaged or truncated ({error}), expected the official zip archive") from None
+        where = archive
+    elif folder.is_dir():
+        for path in sorted(folder.glob("*/*/*.png")):
+            characters.setdefault(f"{path.parent.parent.name}/{path.parent.name}", []).append(path.read_bytes())
+        where = folder
+    else:
+        raise SourceError(f"{source}: found neither {name}.zip nor a folder {name}, expected one of them")
+    if len(characters) != ARCHIVES[name]:
+        raise SourceError(f"{where}: {len(characters)} characters found, {ARCHIVES[name]} expected")
+    for character, drawings in characters.items():
+        if len(drawings) != DRAWINGS:
+            raise SourceError(f"{where}: {character} has {len(drawings)} drawings, {DRAWINGS} expected")
+    return characters
+
+
+def read_drawing(png, character):
+    """One 1-bit PNG -> (28, 28) uint8, ink 255 on 0.
+
+    The PNG is made 8-bit grey *before* resizing: Pillow resizes 1-bit images by nearest neighbour, which breaks strokes.
+    """
+    try:
+        image = Image.open(io.BytesIO(png)).convert("L")
+    except (OSError, SyntaxError) as error:
+        raise SourceError(f"{character}: a drawing is not a readable PNG ({error})") from None
+    if image.size != (105, 105):
+        raise SourceError(f"{character}: a drawing of {image.size[0]}x{image.size[1]} pixels found, 105x105 expected")
+    return 255 - np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS))
+
+
+def prepare(source):
+    """-> ({split: uint8 array (classes, 20, 28, 28, 1)}, {split: characters in order})."""
+    characters = {}
+    for name in ARCHIVES:
+        characters |= open_archive(source, name)
+    order = sorted(characters)
+    random.Random(47).shuffle(order)
+    bar = tqdm(total=len(order), desc="characters", unit="char")
+    arrays, split, start = {}, {}, 0
+    for name, count in SPLITS.items():
+        split[name] = order[start : start + count]
+        start += count
+        images = np.empty((count, len(ROTATIONS), DRAWINGS, 28, 28), np.uint8)
+        for i, character in enumerate(split[name]):
+            upright = np.stack([read_drawing(png, character) for png in characters[character]])
+            for r in range(len(ROTATIONS)):
+                images[i, r] = np.rot90(upright, r, axes=(1, 2))
+            bar.update()
+        arrays[name] = images.reshape(-1, DRAWINGS, 28, 28, 1)
+    bar.close()
+    return arrays, split
+
+
+def write_all(out, arrays, split):
+    """All files or none: everything is written beside its place first, then renamed."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
+        for name, array in arrays.items():
+            np.save(f"{folder}/{name}.npy", array)
+        facts = {"rotations": ROTATIONS, "rows": "class 4 i + r is character i rotated by rotations[r]", **split}
+        Path(folder, "split.json").write_text(json.dumps(facts, indent=1) + "\n")
+        for name in [*(f"{name}.npy" for name in arrays), "split.json"]:
+            os.replace(f"{folder}/{name}", out / name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--source", type=Path, help="folder with the two archives or their extracted folders (default: download)")
+    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
+    args = parser.parse_args()
+    try:
+        if args.source is None:
+            args.source = here / "archives"
+            download(args.source)
+        arrays, split = prepare(args.source)
+        write_all(args.out, arrays, split)
+    except (SourceError, OSError) as error:
+        print(f"prepare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for name, array in arrays.items():
+        print(f"{args.out / name}.npy  {array.shape} {array.dtype}")
+
+
+if __name__ == "__main__":
+    main()
