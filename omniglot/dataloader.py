@@ -5,43 +5,41 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
-class DataError(Exception):
-    """A data set the experiment cannot use: the message names the file, what was found and what was expected."""
+from runtime import UserError
 
 
 def load_split(data_dir, split):
     """One split, `<split>.npy`: a tensor (classes, drawings, 28, 28, 1), uint8 as it is or float32 in [0, 1].
 
-    Raises DataError for a missing or damaged file, a wrong shape or dtype, and values outside [0, 1] or NaN.
+    Raises UserError for a missing or damaged file, a wrong shape or dtype, and values outside [0, 1] or NaN.
     """
     path = Path(data_dir) / f"{split}.npy"
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise DataError(f"{path}: not found; make it with data/omniglot/prepare.py or data/glyphs/prepare.py") from None
+        raise UserError(f"{path}: not found; make it with data/omniglot/prepare.py or data/glyphs/prepare.py") from None
     except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: not a readable .npy array ({error})") from None
+        raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(array, np.ndarray) or array.ndim != 5 or array.shape[2:] != (28, 28, 1) or 0 in array.shape:
-        raise DataError(f"{path}: shape {getattr(array, 'shape', None)}, expected (classes, drawings, 28, 28, 1)")
+        raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (classes, drawings, 28, 28, 1)")
     if array.dtype == np.uint8:
         return torch.from_numpy(array)
     if array.dtype not in (np.float16, np.float32, np.float64):
-        raise DataError(f"{path}: dtype {array.dtype}, expected uint8 or float in [0, 1]")
+        raise UserError(f"{path}: dtype {array.dtype}, expected uint8 or float in [0, 1]")
     low, high = array.min(), array.max()  # NaN propagates into both
     if not (low >= 0 and high <= 1):
-        raise DataError(f"{path}: values from {low} to {high}, expected floats in [0, 1]")
+        raise UserError(f"{path}: values from {low} to {high}, expected floats in [0, 1]")
     return torch.from_numpy(array.astype(np.float32))
 
 
 def check_episodes(data_dir, split, images, ways, shots, query):
-    """Raises DataError unless the split has the classes and drawings that the episodes need."""
+    """Raises UserError unless the split has the classes and drawings that the episodes need."""
     path = Path(data_dir) / f"{split}.npy"
     classes, drawings = images.shape[:2]
     if classes < max(ways):
-        raise DataError(f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes")
+        raise UserError(f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes")
     if drawings < max(shots) + query:
-        raise DataError(
+        raise UserError(
             f"{path}: {drawings} drawings a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
         )
 
