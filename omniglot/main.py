@@ -227,7 +227,8 @@ def train(splits, device, bf16, args):
             terms = losses.flush(step)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()}, refresh=False)
         if saving and not all(p.isfinite().all() for p in model.parameters()):
-            raise UserError(f"step {step}: a weight is not finite ({terms}), finite ones expected; last.pt keeps the last good checkpoint")
+            found = ", ".join(f"{name} {value}" for name, value in terms.items())
+            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected; last.pt keeps the last good checkpoint")
         if validating:
             results = validate(evaluated, splits["val"], step, history, args)
             history.append({"step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})

@@ -1,0 +1,126 @@
+"""Three figures of a trained model: drawings generated from each fitted component, the latent space, the training curves.
+
+    python figures.py --checkpoint runs/5way/5shot_best.pt --data-dir ../data/omniglot
+
+Writes components.png, latents.png and, where metrics.jsonl lies beside the checkpoint, curves.png.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from dataloader import as_float, check_episodes, draw_episodes, load_split
+from model import GMVAE, adapt, sample_posterior
+from runtime import HERE, Parser, UserError, load_model, number, write_atomically
+
+COLOURS = plt.get_cmap("tab10").colors
+
+
+def parse_args(argv=None):
+    count = number(int, 1)
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--checkpoint", type=Path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")
+    p.add_argument("--data-dir", type=Path, default=HERE.parent / "data/omniglot", help="folder with test.npy")
+    p.add_argument("--out", type=Path, help="folder for the figures (default: the checkpoint's)")
+    p.add_argument("--way", type=number(int, 1, below=11), default=5, help="classes of the episode")
+    p.add_argument("--shot", type=count, default=1, help="support images a class")
+    p.add_argument("--query", type=count, default=15, help="query images a class")
+    p.add_argument("--samples", type=count, default=32, help="Monte-Carlo samples an image")
+    p.add_argument("--episode", type=number(int, 0), default=0, help="which test episode: its seed")
+    args = p.parse_args(argv)
+    args.out = args.out or args.checkpoint.parent
+    return args
+
+
+@torch.no_grad()
+def fit_episode(model, images, args):
+    """One episode adapted by EM: its drawings (way, members, 28, 28), latent means and samples, class means and variances."""
+    index = draw_episodes(images, args.way, args.shot, args.query, 1, args.episode)[0]
+    x = as_float(images.flatten(0, 1)[index])  # (way, members, 28, 28, 1)
+    generator = torch.Generator().manual_seed(args.episode)
+    mean, log_var = model.posterior(model.encode(x.flatten(0, 1)).unsqueeze(0))
+    noise = torch.randn(*mean.shape[:2], args.samples, mean.shape[-1], generator=generator)
+    z = sample_posterior(mean, log_var, noise)[0].unflatten(1, x.shape[:2])  # (1, way, members, S, D)
+    support, query = z[:, :, : args.shot], z[:, :, args.shot :]
+    before = support.flatten(2, 3).mean(2)[0]
+    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 3), iters=10)
+    return x.squeeze(-1), mean[0].unflatten(0, x.shape[:2]), before, mu[0], var[0]
+
+
+def save(figure, path):
+    """Small: the figures are read in a README."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight"))
+    plt.close(figure)
+    print(path)
+
+
+@torch.no_grad()
+def components(model, x, mu, var, path, columns=8, seed=0):
+    """Real drawings of each class (left) beside drawings decoded from z ~ N(mu_k, var_k) of its fitted component (right)."""
+    noise = torch.randn(len(mu), columns, mu.shape[1], generator=torch.Generator().manual_seed(seed))
+    z = mu.unsqueeze(1) + var.sqrt().unsqueeze(1) * noise
+    drawn = model.decode(z.flatten(0, 1)).sigmoid().view(len(mu), columns, 28, 28)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.62 * len(mu) + 0.6))
+    for axis, rows, title in zip(axes, (x[:, :columns], drawn), ("real drawings of the episode", "generated from each component")):
+        axis.imshow(1 - rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1), cmap="gray", vmin=0, vmax=1)
+        axis.set(title=title, xticks=[], yticks=[14 + 28 * k for k in range(len(mu))], yticklabels=[f"class {k + 1}" for k in range(len(mu))])
+    save(figure, path)
+
+
+def latents(mean, before, mu, path):
+    """The episode's posterior means on the plane that separates its class means best, with the component means before and after EM."""
+    centre = mean.flatten(0, 1).mean(0)
+    plane = torch.linalg.svd(mean.mean(1) - centre, full_matrices=False).Vh[:2].T  # (D, 2)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True)
+    for axis, means, title in zip(axes, (before, mu), ("before EM: support means", "after EM")):
+        for k in range(len(mean)):
+            axis.scatter(*((mean[k] - centre) @ plane).mT, s=18, color=COLOURS[k], alpha=0.7, label=f"class {k + 1}")
+            axis.scatter(*((means[k] - centre) @ plane), s=220, marker="*", color=COLOURS[k], edgecolor="black")
+        axis.set(title=title, xlabel="first axis")
+    axes[0].set_ylabel("second axis")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), title="dot: image\nstar: component")
+    save(figure, path)
+
+
+def curves(metrics, path):
+    """Validation accuracy and both loss terms over the training steps."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    for name in (name for name in lines[-1] if "shot" in name):
+        accuracy, ci95 = ([line[name][key] for line in lines] for key in ("accuracy", "ci95"))
+        axes[0].errorbar(steps, accuracy, ci95, marker=".", label=name)
+    axes[0].legend()
+    axes[1].plot(steps, [line["reconstruction"] for line in lines], marker=".")
+    axes[2].plot(steps, [line["kl"] for line in lines], marker=".")
+    for axis, title, unit in zip(axes, ("validation accuracy", "reconstruction term", "KL term"), ("%", "nats an image", "nats an image")):
+        axis.set(title=title, xlabel="step", ylabel=unit)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def main():
+    args = parse_args()
+    try:
+        model, images = load_model(args.checkpoint, GMVAE), load_split(args.data_dir, "test")
+        check_episodes(args.data_dir, "test", images, [args.way], [args.shot], args.query)
+        args.out.mkdir(parents=True, exist_ok=True)
+        x, mean, before, mu, var = fit_episode(model, images, args)
+        components(model, x, mu, var, args.out / "components.png")
+        latents(mean, before, mu, args.out / "latents.png")
+        metrics = args.checkpoint.parent / "metrics.jsonl"
+        if metrics.exists():
+            curves(metrics, args.out / "curves.png")
+    except (UserError, OSError) as error:
+        print(f"figures.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The Omniglot network, its loss and its evaluation."""
+
+import copy
+
+import pytest
+import torch
+
+import plain
+from conftest import load
+
+model = load("omniglot", "model")
+main = load("omniglot", "main")
+dataloader = load("omniglot", "dataloader")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return model.GMVAE(hidden_size=8, latent_size=6)
+
+
+def test_parameter_count():
+    assert sum(p.numel() for p in model.GMVAE().parameters()) == 988_929
+
+
+def test_sizes_are_independent():
+    network = model.GMVAE(hidden_size=12, latent_size=5).eval()
+    mean, log_var = network.posterior(network.encode(torch.rand(6, 28, 28, 1)).view(2, 3, -1))
+    assert mean.shape == log_var.shape == (2, 3, 5)
+    assert network.decode(mean.flatten(0, 1)).shape == (6, 28, 28, 1)
+
+
+def test_nothing_in_the_state_depends_on_the_number_of_components():
+    state = model.GMVAE().state_dict()
+    assert not any(5 in tensor.shape for tensor in state.values())
+    assert not any(name.startswith(("pi", "mu", "prior")) for name in state)
+
+
+@pytest.mark.parametrize("fix_pi", [False, True])
+def test_loss_terms(network, fix_pi):
+    """Both terms against the equations in float64, on the same noise and the same starting means."""
+    network = copy.deepcopy(network).double()
+    network.train()
+    B, M, S, K, iters = 2, 10, 3, 4, 5
+    x = torch.rand(B, M, 28, 28, 1, dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)  # the noise and the starting means are drawn in the default dtype
+    try:
+        float_ = torch.Tensor.float
+        torch.Tensor.float = lambda self: self  # the network's casts to float32 would cost the oracle its precision
+        reconstruction, kl = model.loss_terms(network, x, S, K, iters, fix_pi, torch.Generator().manual_seed(3))
+        g = torch.Generator().manual_seed(3)
+        mean, log_var = network.posterior(network.encode(x.flatten(0, 1)).view(B, M, -1))
+        noise = torch.randn(B, M, S, 6, generator=g)
+        first = torch.rand(B, M * S, generator=g).topk(K).indices
+        z = mean.unsqueeze(2) + (0.5 * log_var).exp().unsqueeze(2) * noise
+        logits = network.decode(z.flatten(0, 2)).view(B, M, S, -1)
+    finally:
+        torch.Tensor.float = float_
+        torch.set_default_dtype(torch.float32)
+    expected_kl, expected_reconstruction = [], []
+    for b in range(B):
+        samples = z[b].flatten(0, 1)
+        pi, mu = plain.fit_prior(samples.detach(), samples[first[b]].detach(), iters, fix_pi)
+        expected_kl.append((plain.log_posterior(z[b], mean[b], log_var[b]).flatten() - plain.log_likelihood(samples, pi, mu)).mean())
+        expected_reconstruction.append(plain.bernoulli_reconstruction(logits[b], x[b].flatten(1)).mean())
+    torch.testing.assert_close(kl, torch.stack(expected_kl).mean())
+    torch.testing.assert_close(reconstruction, torch.stack(expected_reconstruction).mean())
+    parameters = list(network.set_network.parameters())
+    gradient = torch.autograd.grad(kl, parameters)
+    expected = torch.autograd.grad(torch.stack(expected_kl).mean(), parameters)
+    torch.testing.assert_close(gradient, expected)  # psi* is a constant in both
+
+
+def test_set_attention_against_its_equation():
+    torch.manual_seed(1)
+    layer = model.SetAttention(width=8, heads=4)
+    x = torch.randn(1, 5, 8)
+    q, k, v = (x[0] @ w.T + b for w, b in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)))
+    attended = [((q[:, h] @ k[:, h].T) / 8**0.5).softmax(-1) @ v[:, h] for h in (slice(i, i + 2) for i in range(0, 8, 2))]
+    h = q + torch.cat(attended, -1)
+    torch.testing.assert_close(layer(x)[0], h + (h @ layer.out.weight.T + layer.out.bias).relu())
+
+
+def test_pooling_before_relu_is_the_same_block():
+    block = model.ConvBlock(1, 4)
+    x = torch.randn(3, 1, 7, 7)
+    expected = torch.nn.functional.max_pool2d(block.norm(block.conv(x)).relu(), 2, ceil_mode=True)
+    assert block(x).equal(expected) and expected.shape[-1] == 4  # ceil mode: 7 -> 4
+
+
+def test_bf16_keeps_the_mixture_in_float32(network):
+    network = copy.deepcopy(network)
+    network.bf16 = True
+    h = network.encode(torch.rand(6, 28, 28, 1))
+    mean, log_var = network.posterior(h.view(2, 3, -1))
+    assert h.dtype == torch.bfloat16 and mean.dtype == log_var.dtype == torch.float32
+    assert network.decode(mean.flatten(0, 1)).dtype == torch.float32
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def distinct_features(classes=25, drawings=20, width=32, spread=0.3):
+    g = torch.Generator().manual_seed(2)
+    centres = torch.randn(classes, 1, width, generator=g)
+    return (centres + spread * torch.randn(classes, drawings, width, generator=g)).flatten(0, 1)
+
+
+def test_a_five_way_model_is_tested_at_any_way(network):
+    """Trained with five components, evaluated with 2 and 20: nothing in the network is in the way."""
+    network.eval()
+    features, images = distinct_features(), torch.zeros(25, 20, 1)
+    for way in (2, 20):
+        episodes = dataloader.draw_episodes(images, way, 1, 5, 6, seed=0)
+        accuracy = main.evaluate(network, features, episodes, 1, 4, 5)
+        assert accuracy.shape == (6,) and ((0 <= accuracy) & (accuracy <= 100)).all()
+
+
+def test_an_episode_scores_the_same_alone_and_among_others(network):
+    features, images = distinct_features(), torch.zeros(25, 20, 1)
+    episodes = dataloader.draw_episodes(images, 5, 1, 15, 24, seed=0)
+    together = main.evaluate(network, features, episodes, 1, 8, 5)
+    assert together.unique().numel() > 1
+    torch.testing.assert_close(main.evaluate(network, features, episodes[:1], 1, 8, 5), together[:1])
+
+
+def episode_predictions(network, h, way, shot, noise):
+    """Predicted probabilities of an episode from features h (way, shot + query, width) and fixed noise."""
+    members = h.shape[1]
+    mean, log_var = network.posterior(h.flatten(0, 1).unsqueeze(0))
+    z, _ = model.sample_posterior(mean, log_var, noise.flatten(0, 1).unsqueeze(0))
+    z = z.unflatten(1, (way, members))
+    return model.classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), 10)[0].unflatten(0, (way, members - shot))
+
+
+@torch.no_grad()
+def test_permutations_permute_the_predictions_and_nothing_else(network):
+    """Of the support set, of the query set and of the class labels; each image keeps its own noise."""
+    network.eval()
+    way, shot, query, S = 4, 3, 5, 6
+    g = torch.Generator().manual_seed(9)
+    h = distinct_features(way, shot + query, spread=0.8).view(way, shot + query, 32)
+    noise = torch.randn(way, shot + query, S, 6, generator=g)
+    before = episode_predictions(network, h, way, shot, noise)
+    assert before.argmax(-1).unique().numel() > 1
+
+    support = torch.cat([torch.tensor([2, 0, 1]), torch.arange(shot, shot + query)])
+    torch.testing.assert_close(episode_predictions(network, h[:, support], way, shot, noise[:, support]), before)
+
+    order = torch.tensor([3, 1, 4, 0, 2])
+    queries = torch.cat([torch.arange(shot), shot + order])
+    torch.testing.assert_close(episode_predictions(network, h[:, queries], way, shot, noise[:, queries]), before[:, order])
+
+    labels = torch.tensor([2, 3, 0, 1])
+    torch.testing.assert_close(episode_predictions(network, h[labels], way, shot, noise[labels]), before[labels][..., labels])
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def test_published_recipe_is_the_default():
+    args = main.parse_args([])
+    assert [main.learning_rate(step, args) for step in (1, 30000, 60000)] == [1e-3] * 3
+    assert [main.kl_weight(step, args) for step in (1, 30000, 60000)] == [1.0] * 3
+
+
+def test_schedules():
+    args = main.parse_args("--train-iters 100 --lr 0.1 --lr-schedule cosine --kl-warmup-iters 50 --kl-weight 0.5".split())
+    rates = [main.learning_rate(step, args) for step in range(1, 101)]
+    assert rates[0] == 0.1 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-4
+    assert abs(rates[50] - 0.05) < 1e-12
+    weights = [main.kl_weight(step, args) for step in range(0, 101)]
+    assert weights[0] == pytest.approx(0.01) and weights[25] == pytest.approx(0.255) and weights[50:] == [0.5] * 51

@@ -1,0 +1,222 @@
+"""The Omniglot program as a user runs it: in a process of its own, judged by its files and its exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, fails, needs_shared_data, run, shared_data
+
+TINY = "--hidden-size 8 --latent-size 8 --batch-size 2 --sample-size 20 --train-mc-sample-size 2 --test-mc-sample-size 2 --eval-episodes 8".split()
+
+
+def metrics(folder):
+    """metrics.jsonl without the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def weights(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    for name in ("last.pt", "1shot_best.pt", "5shot_best.pt"):
+        ours, theirs = weights(a, name), weights(b, name)
+        assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours), name
+    assert (a / "test.json").read_text() == (b / "test.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole_run(glyphs_dir, tmp_path_factory):
+    """A finished tiny run and the flags that made it."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    flags = ["--data-dir", glyphs_dir, *TINY, "--train-iters", 60, "--freq-iters", 20, "--ema-decay", 0.9, "--lr-schedule", "cosine"]
+    result = run("omniglot", "--save-dir", folder, *flags)
+    assert result.returncode == 0, result.stderr
+    return folder, flags, result
+
+
+def test_a_run_leaves_its_files(whole_run):
+    folder, _, result = whole_run
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "last.pt", "1shot_best.pt", "5shot_best.pt", "test.json", "tb_log"
+    }  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["train_iters"] == 60 and config["versions"]["torch"] == torch.__version__ and config["device"]
+    assert [line["step"] for line in metrics(folder)] == [20, 40, 60]
+    scores = json.loads((folder / "test.json").read_text())
+    assert scores.keys() == {"5way1shot", "5way5shot"}
+    assert all(0 <= s["accuracy"] <= 100 and s["ci95"] >= 0 and s["episodes"] == 8 for s in scores.values())
+    assert result.stdout.count("step ") == 3 and result.stdout.count("test ") == 2
+    assert any("events" in path.name for path in (folder / "tb_log").iterdir())
+
+
+def start(folder, flags):
+    command = [sys.executable, "main.py", "--save-dir", str(folder), *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT / "omniglot", env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, f"{path.name} never came"
+        time.sleep(0.005)
+
+
+def test_kill_and_resume_end_as_if_never_interrupted(whole_run, tmp_path):
+    """SIGKILL before the first checkpoint, then right after it; the last resume runs to the end."""
+    whole, flags, _ = whole_run
+    folder = tmp_path / "killed"
+    for awaited in ("config.json", "last.pt"):
+        process = start(folder, [*flags, "--resume"])
+        wait_for(folder / awaited, process)
+        process.kill()
+        process.communicate()
+    assert not (folder / "test.json").exists()
+    result = run("omniglot", "--save-dir", folder, *flags, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_leaves_a_checkpoint(whole_run, tmp_path, number):
+    whole, flags, _ = whole_run
+    folder = tmp_path / "stopped"
+    process = start(folder, flags)
+    wait_for(folder / "tb_log", process)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode != 0:  # the run may have ended before the signal came
+        assert process.returncode == 128 + number and "--resume continues" in errors and "Traceback" not in errors
+        assert (folder / "last.pt").exists()
+    assert run("omniglot", "--save-dir", folder, *flags, "--resume").returncode == 0
+    assert_same_run(whole, folder)
+
+
+def test_eval_only_repeats_the_test(whole_run, tmp_path):
+    folder, flags, _ = whole_run
+    for shot in (1, 5):
+        out = tmp_path / f"{shot}"
+        result = run("omniglot", *flags, "--eval-only", "--checkpoint", folder / f"{shot}shot_best.pt", "--save-dir", out, "--test-shot", shot)
+        assert result.returncode == 0, result.stderr
+        name = f"5way{shot}shot"
+        assert json.loads((out / "test.json").read_text())[name] == json.loads((folder / "test.json").read_text())[name]
+
+
+def test_eval_only_at_other_ways_and_shots(whole_run, glyphs_dir, tmp_path):
+    folder, _, _ = whole_run
+    result = run(
+        "omniglot", "--data-dir", glyphs_dir, "--eval-only", "--checkpoint", folder / "1shot_best.pt", "--save-dir", tmp_path / "eval",
+        "--test-way", 3, 20, "--test-shot", 1, 2, "--eval-episodes", 3, "--e-step", "learned",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "eval/test.json").read_text()).keys() == {"3way1shot", "3way2shot", "20way1shot", "20way2shot"}
+
+
+def test_same_seed_same_run_and_another_seed_another(glyphs_dir, tmp_path):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        result = run("omniglot", "--data-dir", glyphs_dir, "--save-dir", tmp_path / name, *TINY, "--train-iters", 2, "--seed", seed)
+        assert result.returncode == 0, result.stderr
+        states.append(weights(tmp_path / name)["set_network.2.weight"])
+    assert states[0].equal(states[1]) and not states[0].equal(states[2])
+
+
+def test_a_copy_of_the_folder_runs_alone(glyphs_dir, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for path in (ROOT / "omniglot").glob("*.py"):
+        (folder / path.name).write_text(path.read_text())
+    result = run(folder, "--data-dir", glyphs_dir, "--save-dir", tmp_path / "out", *TINY, "--debug")
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_describes_every_flag():
+    result = run("omniglot", "--help")
+    assert result.returncode == 0
+    for flag in "data-dir save-dir unsupervised-em-iters semisupervised-em-iters fix-pi hidden-size latent-size train-mc-sample-size".split():
+        assert f"--{flag}" in result.stdout
+    assert result.stdout.count("(default: ") == result.stdout.count("\n  --")
+
+
+# --- what a user can do wrong ---------------------------------------------------------------------
+
+
+def test_a_folder_with_another_run_is_refused(whole_run):
+    folder, flags, _ = whole_run
+    before = (folder / "last.pt").read_bytes()
+    fails(run("omniglot", "--save-dir", folder, *flags), folder, "holds another run", "--resume")
+    fails(run("omniglot", "--save-dir", folder, *flags, "--resume", "--lr", "0.5"), "--lr", "0.5 found", "0.001 expected")
+    checkpoint = folder / "1shot_best.pt"
+    fails(run("omniglot", "--save-dir", folder, *flags, "--eval-only", "--checkpoint", checkpoint), "--save-dir", "another folder expected")
+    assert (folder / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--way", "0"], ["--way", "0 found", "at least 1"]),
+        (["--lr", "nan"], ["--lr", "nan found"]),
+        (["--ema-decay", "1"], ["--ema-decay", "below 1"]),
+        (["--device", "cuda:99"], ["--device", "cuda:99 found"]),
+        (["--device", "toaster"], ["--device", "toaster found"]),
+        (["--checkpoint", "x.pt"], ["--checkpoint", "--eval-only"]),
+        (["--way", "26"], ["val.npy", "25 classes", "26"]),
+        (["--test-way", "5", "40"], ["test.npy", "25 classes", "40"]),
+        (["--test-shot", "6"], ["test.npy", "20 drawings", "21"]),
+        (["--query", "16"], ["20 drawings", "21"]),
+        (["--sample-size", "2000"], ["train.npy", "1200 images", "4000"]),
+        (["--sample-size", "2", "--train-mc-sample-size", "2"], ["--way", "5 found", "4"]),
+        (["--no-such-flag"], ["--no-such-flag"]),
+    ],
+)
+def test_wrong_flags(glyphs_dir, tmp_path, flags, words):
+    fails(run("omniglot", "--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, *flags), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_wrong_data(glyphs_dir, tmp_path):
+    fails(run("omniglot", "--data-dir", tmp_path, "--save-dir", tmp_path / "run"), "train.npy", "not found")
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.npy").write_bytes((glyphs_dir / f"{name}.npy").read_bytes())
+    np.save(tmp_path / "val.npy", np.zeros((30, 20, 28, 28), np.uint8))
+    fails(run("omniglot", "--data-dir", tmp_path, "--save-dir", tmp_path / "run"), "val.npy", "(30, 20, 28, 28)", "(classes, drawings, 28, 28, 1)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_checkpoints(glyphs_dir, tmp_path):
+    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", "--eval-only", "--eval-episodes", 2, "--checkpoint"]
+    fails(run("omniglot", *flags, tmp_path / "none.pt"), "none.pt", "not found")
+    (tmp_path / "text.pt").write_text("hello")
+    fails(run("omniglot", *flags, tmp_path / "text.pt"), "text.pt", "not a readable checkpoint")
+    torch.save({"model": {}, "sizes": {"hidden_size": 8, "latent_size": 8}}, tmp_path / "empty.pt")
+    fails(run("omniglot", *flags, tmp_path / "empty.pt"), "empty.pt", "not a checkpoint of this experiment")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(glyphs_dir, tmp_path):
+    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 60, "--freq-iters", 5]
+    result = run("omniglot", *flags, "--lr", "1e12")
+    fails(result, "step ", "not finite", "reconstruction", "kl")
+    if (tmp_path / "run/last.pt").exists():
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+@needs_shared_data
+def test_real_omniglot(tmp_path):
+    """Prepares the real archives and trains a few steps on them."""
+    result = run("data/omniglot", "--source", shared_data / "omniglot", "--out", tmp_path / "data", script="prepare.py")
+    assert result.returncode == 0, result.stderr
+    flags = "--train-mc-sample-size 1 --train-iters 6 --freq-iters 3 --eval-episodes 20".split()
+    result = run("omniglot", "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run", *flags, timeout=300)
+    assert result.returncode == 0, result.stderr
+    first, last = metrics(tmp_path / "run")
+    assert last["reconstruction"] < first["reconstruction"] < 600  # 784 pixels at log 2 nats are 543
