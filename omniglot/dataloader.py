@@ -18,7 +18,7 @@ def load_split(data_dir, split):
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with data/omniglot/prepare.py or data/glyphs/prepare.py") from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # NumPy raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(array, np.ndarray) or array.ndim != 5 or array.shape[2:] != (28, 28, 1) or 0 in array.shape:
         raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (classes, drawings, 28, 28, 1)")

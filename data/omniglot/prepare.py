@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import zipfile
-import zlib
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ def download(folder):
     for name in ARCHIVES:
         try:
             download_url(f"{Omniglot.download_url_prefix}/{name}.zip", folder, f"{name}.zip", Omniglot.zips_md5[name])
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             raise SourceError(f"{name}.zip: download failed ({error}); fetch it yourself and pass its folder as --source") from None
 
 
@@ -56,7 +56,7 @@ def open_archive(source, name):
                 for entry in sorted(file.namelist()):
                     if entry.endswith(".png") and "__MACOSX" not in entry:
                         characters.setdefault("/".join(entry.split("/")[-3:-1]), []).append(file.read(entry))
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except Exception as error:  # zipfile raises many kinds for a damaged archive
             raise SourceError(f"{archive}: damaged or truncated ({error}), expected the official zip archive") from None
         where = archive
     elif folder.is_dir():
@@ -73,17 +73,19 @@ def open_archive(source, name):
     return characters
 
 
-def read_drawing(png, character):
+def read_drawing(png, name):
     """One 1-bit PNG -> (28, 28) uint8, ink 255 on 0.
 
     The PNG is made 8-bit grey *before* resizing: Pillow resizes 1-bit images by nearest neighbour, which breaks strokes.
     """
     try:
-        image = Image.open(io.BytesIO(png)).convert("L")
-    except (OSError, SyntaxError) as error:
-        raise SourceError(f"{character}: a drawing is not a readable PNG ({error})") from None
+        image = Image.open(io.BytesIO(png), formats=["PNG"])
+        if image.size == (105, 105):
+            image = image.convert("L")
+    except Exception as error:  # Pillow raises many kinds for a damaged image
+        raise SourceError(f"{name}: not a readable PNG ({error})") from None
     if image.size != (105, 105):
-        raise SourceError(f"{character}: a drawing of {image.size[0]}x{image.size[1]} pixels found, 105x105 expected")
+        raise SourceError(f"{name}: {image.size[0]}x{image.size[1]} pixels found, 105x105 expected")
     return 255 - np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS))
 
 
@@ -94,19 +96,19 @@ def prepare(source):
         characters |= open_archive(source, name)
     order = sorted(characters)
     random.Random(47).shuffle(order)
-    bar = tqdm(total=len(order), desc="characters", unit="char")
     arrays, split, start = {}, {}, 0
-    for name, count in SPLITS.items():
-        split[name] = order[start : start + count]
-        start += count
-        images = np.empty((count, len(ROTATIONS), DRAWINGS, 28, 28), np.uint8)
-        for i, character in enumerate(split[name]):
-            upright = np.stack([read_drawing(png, character) for png in characters[character]])
-            for r in range(len(ROTATIONS)):
-                images[i, r] = np.rot90(upright, r, axes=(1, 2))
-            bar.update()
-        arrays[name] = images.reshape(-1, DRAWINGS, 28, 28, 1)
-    bar.close()
+    with tqdm(total=len(order), desc="characters", unit="char") as bar:
+        for name, count in SPLITS.items():
+            split[name] = order[start : start + count]
+            start += count
+            images = np.empty((count, len(ROTATIONS), DRAWINGS, 28, 28), np.uint8)
+            for i, character in enumerate(split[name]):
+                drawings = enumerate(characters[character], start=1)
+                upright = np.stack([read_drawing(png, f"{character}, drawing {n}") for n, png in drawings])
+                for r in range(len(ROTATIONS)):
+                    images[i, r] = np.rot90(upright, r, axes=(1, 2))
+                bar.update()
+            arrays[name] = images.reshape(-1, DRAWINGS, 28, 28, 1)
     return arrays, split
 
 
@@ -122,8 +124,15 @@ def write_all(out, arrays, split):
             os.replace(f"{folder}/{name}", out / name)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says an error in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     here = Path(__file__).resolve().parent
     parser.add_argument("--source", type=Path, help="folder with the two archives or their extracted folders (default: download)")
     parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
