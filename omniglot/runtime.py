@@ -6,8 +6,11 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +71,18 @@ def use_bf16(precision, device):
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cpu" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
+    return device.type == "cpu" and "avx512_bf16" in cpu_facts()
+
+
+def cpu_facts():
+    """What Linux says of the processor; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def cpu_name():
+    named = re.search(r"^model name\s*: (.*)$", cpu_facts(), re.MULTILINE)
+    return f"{named[1] if named else platform.machine()} CPU"
 
 
 def keep_memory():
@@ -141,13 +154,13 @@ def restore(parts, checkpoint):
 
 
 def describe_run(args, device, bf16):
-    """What made a run, for config.json: every flag, the precision chosen, device, versions, commit."""
+    """What made a run, for config.json: the command, every flag, the precision chosen, device, versions, commit."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
+        "command": shlex.join(["python", *sys.argv]),
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "precision": "bf16" if bf16 else "fp32",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "git_commit": git.stdout.strip() or None,
     }
