@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test
+.PHONY: demo test table
 
 .venv/run: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
@@ -18,3 +18,15 @@ DEMO := runs/demo
 
 test: .venv/test
 	$(BIN)/python -m pytest -q -n 2 tests
+
+table:
+	$(PYTHON) results/table.py
+
+# The fast recipe in small, on the stand-in data set.
+demo: .venv/run
+	$(BIN)/python data/glyphs/prepare.py
+	rm -rf $(DEMO)
+	cd omniglot && $(BIN)/python main.py --data-dir ../data/glyphs --save-dir ../$(DEMO) --device cpu --sample-size 100 \
+	    --train-mc-sample-size 1 --train-iters 400 --freq-iters 100 --kl-warmup-iters 200 --kl-weight 0.1 --lr-schedule cosine \
+	    --ema-decay 0.97 --eval-episodes 300
+	cd omniglot && $(BIN)/python figures.py --checkpoint ../$(DEMO)/5shot_best.pt --data-dir ../data/glyphs

@@ -23,6 +23,7 @@ COLOURS = plt.get_cmap("tab10").colors
 
 
 def parse_args(argv=None):
+    """The command line as a namespace."""
     count = number(int, 1)
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--checkpoint", type=Path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")

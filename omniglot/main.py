@@ -238,7 +238,7 @@ def train(splits, device, bf16, args):
             bar.write(f"step {step}  {scores}  reconstruction {terms['reconstruction']:.1f}  KL {terms['kl']:.1f}")
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
-            save_checkpoint(last, snapshot(parts) | progress)
+            save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes})
             write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
             saved = time.monotonic()
         if stop and step < args.train_iters:
@@ -281,7 +281,7 @@ def main():
             train(splits, device, bf16, args)
         test(splits["test"], device, args)
     except (UserError, OSError) as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        tqdm.write(f"main.py: error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
         sys.exit(2)
 
 

@@ -1,0 +1,47 @@
+"""omniglot/figures.py: its files, and what the drawings and the plane are made of."""
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import fails, load, run
+
+model = load("omniglot", "model")
+figures = load("omniglot", "figures")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    network = model.GMVAE(hidden_size=8, latent_size=8)
+    path = tmp_path_factory.mktemp("figures") / "5shot_best.pt"
+    torch.save({"model": network.state_dict(), "sizes": network.sizes}, path)
+    cells = '"5way1shot": {"accuracy": 50.0, "ci95": 1.0, "episodes": 9}'
+    lines = [f'{{"step": {step}, "seconds": 1, "reconstruction": 200.0, "kl": 10.0, {cells}}}\n' for step in (10, 20)]
+    (path.parent / "metrics.jsonl").write_text("".join(lines))
+    return path
+
+
+def test_three_small_pictures(checkpoint, glyphs_dir, tmp_path):
+    result = run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--out", tmp_path, script="figures.py")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    for name in ("components.png", "latents.png", "curves.png"):
+        path = tmp_path / name
+        assert str(path) in result.stdout and path.stat().st_size < 200_000
+        assert Image.open(path).convert("L").getextrema()[0] < 200  # something is drawn
+
+
+def test_errors(checkpoint, glyphs_dir, tmp_path):
+    fails(run("omniglot", "--checkpoint", tmp_path / "none.pt", "--data-dir", glyphs_dir, script="figures.py"), "none.pt", "not found")
+    fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", tmp_path, script="figures.py"), "test.npy", "not found")
+    fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--shot", 6, script="figures.py"), "20 drawings", "21")
+
+
+def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir):
+    """The same class means as `classify` uses: support means before EM, `adapt` after."""
+    args = figures.parse_args(["--checkpoint", str(checkpoint), "--way", "3", "--shot", "2", "--samples", "4"])
+    network = load("omniglot", "runtime").load_model(checkpoint, model.GMVAE)
+    images = load("omniglot", "dataloader").load_split(glyphs_dir, "test")
+    x, mean, before, mu, var = figures.fit_episode(network, images, args)
+    assert x.shape == (3, 17, 28, 28) and mean.shape == (3, 17, 8) and before.shape == mu.shape == var.shape == (3, 8)
+    assert (var > 0).all() and not torch.allclose(before, mu)

@@ -1,0 +1,40 @@
+"""What is committed under results/: the tables agree with it, and its checkpoints score what it says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, needs_shared_data, run
+
+RUNS = sorted(path.parent for path in (ROOT / "results").glob("omniglot-*/test.json"))
+
+
+def test_tables_agree_with_results():
+    check = subprocess.run([sys.executable, "results/table.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
+def test_a_run_says_how_it_was_made(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["command"].startswith("python main.py") and config["device"] and config["versions"]["torch"]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == config["args"]["train_iters"]
+    for checkpoint in folder.glob("*_best.pt"):
+        assert torch.load(checkpoint, weights_only=True).keys() == {"model", "sizes", "step", "validation"}
+
+
+@needs_shared_data
+@pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
+def test_its_checkpoint_scores_what_it_says(folder, omniglot_dir, tmp_path):
+    """The one-shot cell again, from the checkpoint: the same episodes, so only rounding may differ."""
+    config = json.loads((folder / "config.json").read_text())["args"]
+    flags = ["--way", config["way"], "--test-shot", 1, "--eval-only", "--checkpoint", folder / "1shot_best.pt"]
+    result = run("omniglot", "--data-dir", omniglot_dir, "--save-dir", tmp_path / "eval", *flags, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (name, again), = json.loads((tmp_path / "eval/test.json").read_text()).items()
+    said = json.loads((folder / "test.json").read_text())[name]
+    assert again["episodes"] == said["episodes"] and abs(again["accuracy"] - said["accuracy"]) < 0.05
