@@ -36,49 +36,59 @@ def test_nothing_in_the_state_depends_on_the_number_of_components():
     assert not any(name.startswith(("pi", "mu", "prior")) for name in state)
 
 
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Draws in float64, and leaves the network's casts to float32 undone: they would cost the oracle its precision."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("fix_pi", [False, True])
-def test_loss_terms(network, fix_pi):
-    """Both terms against the equations in float64, on the same noise and the same starting means."""
-    network = copy.deepcopy(network).double()
-    network.train()
+def test_loss_terms_and_their_gradients(network, fix_pi, in_float64):
+    """The whole training objective against the equations, on the same noise and the same starting samples."""
     B, M, S, K, iters = 2, 10, 3, 4, 5
-    x = torch.rand(B, M, 28, 28, 1, dtype=torch.float64)
-    torch.set_default_dtype(torch.float64)  # the noise and the starting means are drawn in the default dtype
-    try:
-        float_ = torch.Tensor.float
-        torch.Tensor.float = lambda self: self  # the network's casts to float32 would cost the oracle its precision
-        reconstruction, kl = model.loss_terms(network, x, S, K, iters, fix_pi, torch.Generator().manual_seed(3))
-        g = torch.Generator().manual_seed(3)
-        mean, log_var = network.posterior(network.encode(x.flatten(0, 1)).view(B, M, -1))
-        noise = torch.randn(B, M, S, 6, generator=g)
-        first = torch.rand(B, M * S, generator=g).topk(K).indices
-        z = mean.unsqueeze(2) + (0.5 * log_var).exp().unsqueeze(2) * noise
-        logits = network.decode(z.flatten(0, 2)).view(B, M, S, -1)
-    finally:
-        torch.Tensor.float = float_
-        torch.set_default_dtype(torch.float32)
-    expected_kl, expected_reconstruction = [], []
-    for b in range(B):
-        samples = z[b].flatten(0, 1)
-        pi, mu = plain.fit_prior(samples.detach(), samples[first[b]].detach(), iters, fix_pi)
-        expected_kl.append((plain.log_posterior(z[b], mean[b], log_var[b]).flatten() - plain.log_likelihood(samples, pi, mu)).mean())
-        expected_reconstruction.append(plain.bernoulli_reconstruction(logits[b], x[b].flatten(1)).mean())
-    torch.testing.assert_close(kl, torch.stack(expected_kl).mean())
-    torch.testing.assert_close(reconstruction, torch.stack(expected_reconstruction).mean())
-    parameters = list(network.set_network.parameters())
-    gradient = torch.autograd.grad(kl, parameters)
-    expected = torch.autograd.grad(torch.stack(expected_kl).mean(), parameters)
-    torch.testing.assert_close(gradient, expected)  # psi* is a constant in both
+    ours, oracle = copy.deepcopy(network).double().train(), plain.ImageGMVAE(hidden_size=8, latent_size=6)
+    oracle.load_state_dict(ours.state_dict())
+    x = torch.rand(B, M, 28, 28, 1)
+    terms = model.loss_terms(ours, x, S, K, iters, fix_pi, torch.Generator().manual_seed(3))
+    g = torch.Generator().manual_seed(3)  # the draws of loss_terms again, in its order
+    noise, first = torch.randn(B, M, S, 6, generator=g), torch.rand(B, M * S, generator=g).topk(K).indices
+    expected = plain.loss_terms(oracle, x, noise, first, iters, fix_pi)
+    torch.testing.assert_close(terms, expected)
+    for term, other in zip(terms, expected):
+        gradient = torch.autograd.grad(term, list(ours.parameters()), retain_graph=True, allow_unused=True)
+        theirs = torch.autograd.grad(other, list(oracle.parameters()), retain_graph=True, allow_unused=True)
+        torch.testing.assert_close([g for g in gradient if g is not None], [g for g in theirs if g is not None], atol=1e-8, rtol=1e-6)
+    for name, buffer in oracle.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], buffer)  # batch norm saw the same
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("shot", [1, 3])
+def test_predictions_against_the_equations(network, shot, learned):
+    """The cache of features and the batched EM of `evaluate` against whole episodes through the plain network."""
+    ours, oracle = network.eval(), plain.ImageGMVAE(hidden_size=8, latent_size=6).eval()
+    oracle.load_state_dict(ours.state_dict())
+    images = torch.rand(6, 8, 28, 28, 1, generator=torch.Generator().manual_seed(1))
+    episodes = dataloader.draw_episodes(images, 4, shot, 5, 7, seed=0)
+    accuracy = main.evaluate(ours, main.encode_all(ours, images), episodes, shot, 5, 10, learned)
+    g = torch.Generator().manual_seed(0)  # the draws of evaluate again
+    pool = torch.randn(main.NOISE_POOL, 5, 6, generator=g)
+    noise = pool[torch.randint(main.NOISE_POOL, (7, 4 * (shot + 5)), generator=g)].unflatten(1, (4, shot + 5))
+    with torch.no_grad():
+        probabilities = plain.predict_episodes(oracle, images.flatten(0, 1)[episodes], shot, noise, 10, learned)
+    right = probabilities.argmax(-1).view(7, 4, 5) == torch.arange(4).view(4, 1)
+    torch.testing.assert_close(accuracy, 100 * right.float().mean((1, 2)))
+    assert accuracy.unique().numel() > 1
 
 
 def test_set_attention_against_its_equation():
-    torch.manual_seed(1)
-    layer = model.SetAttention(width=8, heads=4)
-    x = torch.randn(1, 5, 8)
-    q, k, v = (x[0] @ w.T + b for w, b in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)))
-    attended = [((q[:, h] @ k[:, h].T) / 8**0.5).softmax(-1) @ v[:, h] for h in (slice(i, i + 2) for i in range(0, 8, 2))]
-    h = q + torch.cat(attended, -1)
-    torch.testing.assert_close(layer(x)[0], h + (h @ layer.out.weight.T + layer.out.bias).relu())
+    ours, oracle = model.SetAttention(width=8), plain.SetAttention(width=8)
+    oracle.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(ours(x), oracle(x))
 
 
 def test_pooling_before_relu_is_the_same_block():

@@ -1,0 +1,65 @@
+"""data/glyphs/prepare.py: the stand-in data set has Omniglot's form, is seeded, and can be told apart."""
+
+import json
+
+import numpy as np
+
+from conftest import fails, run
+
+
+def written(folder):
+    """{name: bytes} of everything in a folder, hidden files included."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def glyphs(out, *args):
+    return run("data/glyphs", "--out", out, *args, script="prepare.py")
+
+
+def test_glyphs_have_omniglots_form(glyphs_dir):
+    assert sorted(written(glyphs_dir)) == ["split.json", "test.npy", "train.npy", "val.npy"]
+    split = json.loads((glyphs_dir / "split.json").read_text())
+    for name, classes in (("train", 60), ("val", 25), ("test", 25)):
+        array = np.load(glyphs_dir / f"{name}.npy", allow_pickle=False)
+        assert array.shape == (classes, 20, 28, 28, 1) and array.dtype == np.uint8
+        assert np.median(array) == 0 and array.max() == 255 and 0.06 < array.mean() / 255 < 0.11
+        assert (array.max((2, 3, 4)) > 200).all()
+        assert len(split[name]) == classes == len(set(split[name]))
+
+
+def test_no_glyph_is_in_two_splits_and_no_two_drawings_are_equal(glyphs_dir):
+    images = np.concatenate([np.load(glyphs_dir / f"{name}.npy").reshape(-1, 784) for name in ("train", "val", "test")])
+    assert len(np.unique(images, axis=0)) == len(images) == 110 * 20
+
+
+def test_drawings_of_a_glyph_resemble_each_other_more_than_other_glyphs(glyphs_dir):
+    images = np.load(glyphs_dir / "train.npy").reshape(60, 20, 784).astype(float)
+    images /= np.linalg.norm(images, axis=-1, keepdims=True)
+    similar = np.einsum("aip,bjp->abij", images[:, :10], images[:, 10:]).mean((2, 3))
+    own, others = similar.diagonal(), (similar.sum(1) - similar.diagonal()) / 59
+    assert own.mean() > 1.3 * others.mean() and own.max() < 0.8  # but each is drawn anew
+    assert (similar.argmax(1) == np.arange(60)).mean() > 0.8
+
+
+def test_a_seed_gives_the_same_bytes_and_another_other_characters(glyphs_dir, tmp_path):
+    sizes = ["--train", 60, "--val", 25, "--test", 25]
+    assert glyphs(tmp_path / "same", *sizes).returncode == glyphs(tmp_path / "other", *sizes, "--seed", 1).returncode == 0
+    assert written(tmp_path / "same") == written(glyphs_dir)
+    assert not np.array_equal(np.load(tmp_path / "other/test.npy"), np.load(glyphs_dir / "test.npy"))
+
+
+def test_more_glyphs_leave_the_first_as_they_were(glyphs_dir, tmp_path):
+    assert glyphs(tmp_path, "--train", 70, "--val", 1, "--test", 30).returncode == 0
+    for name in ("train", "test"):
+        few = np.load(glyphs_dir / f"{name}.npy")
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy")[: len(few)], few)
+
+
+def test_glyph_errors_are_one_line(tmp_path):
+    for flag, value in (("--train", "0"), ("--val", "-3"), ("--test", "2.5"), ("--train", "many")):
+        fails(glyphs(tmp_path / "out", f"{flag}={value}"), flag, f"{value} found, an integer of at least 1 expected")
+    fails(glyphs(tmp_path / "out", "--seed=-1"), "--seed", "-1 found")
+    fails(glyphs(tmp_path / "out", "--sead", "1"), "unrecognized arguments: --sead 1")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("in the way")
+    fails(glyphs(tmp_path / "file", "--train", 1, "--val", 1, "--test", 1), tmp_path / "file")
