@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test table
+.PHONY: demo test table mini
 
 .venv/run: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
@@ -30,3 +30,11 @@ demo: .venv/run
 	    --train-mc-sample-size 1 --train-iters 400 --freq-iters 100 --kl-warmup-iters 200 --kl-weight 0.1 --lr-schedule cosine \
 	    --ema-decay 0.97 --eval-episodes 300
 	cd omniglot && $(BIN)/python figures.py --checkpoint ../$(DEMO)/5shot_best.pt --data-dir ../data/glyphs
+
+# Mini-ImageNet, the whole chain: `make mini SOURCE=folder` with images (or zips of them) and the three CSVs. Run again, it continues.
+EPOCHS ?= 400
+mini: .venv/run
+	@test -n "$(SOURCE)" || { echo "make mini: SOURCE is empty, SOURCE=<folder with images/ or zips and train.csv, val.csv, test.csv> expected" >&2; exit 2; }
+	test -f data/imgnet/classes.json || $(BIN)/python data/imgnet/prepare.py --source "$(SOURCE)"
+	cd simclr && $(BIN)/python main.py --save-dir ../runs/simclr --train-epochs $(EPOCHS) --probe --resume
+	cd mimgnet && $(BIN)/python main.py --save-dir ../runs/mimgnet --resume

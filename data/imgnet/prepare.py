@@ -1,0 +1,213 @@
+"""Mini-ImageNet's images and CSVs -> train.npy, val.npy, test.npy with their labels, as the experiment reads them.
+
+    python data/imgnet/prepare.py --source DIR      # DIR holds train.csv, val.csv, test.csv and images/ or zips of it
+
+Every image is decoded and resized to 84x84 RGB once. Arrays are (N, 84, 84, 3) uint8, N = 38400/9600/12000 for
+Mini-ImageNet; classes are contiguous, in the CSV's order of first appearance. Any other data set in this layout
+works too, as long as all its classes have the same number of images.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+SPLITS = {"train": 38400, "val": 9600, "test": 12000}  # Mini-ImageNet's own counts
+CLASSES = {"train": 64, "val": 16, "test": 20}
+SIZE = 84
+
+
+class SourceError(Exception):
+    """A source that cannot be used: the message names every problem found, with its count."""
+
+
+def read_csv(path):
+    """A split's [(filename, label)] in the order of its CSV. Raises SourceError if it is missing, damaged or has no header."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, restval="")
+            header = rows.fieldnames or []
+            if not {"filename", "label"} <= set(header):
+                raise SourceError(f"{path}: header {','.join(header)[:60]!r} found, 'filename,label' expected")
+            rows = [(row["filename"], row["label"]) for row in rows]
+    except FileNotFoundError:
+        raise SourceError(f"{path}: not found, a CSV with the header 'filename,label' expected") from None
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise SourceError(f"{path}: not a readable CSV ({error})") from None
+    if not rows:
+        raise SourceError(f"{path}: no images found, at least one expected")
+    empty = sum(not (filename and label) for filename, label in rows)
+    if empty:
+        raise SourceError(f"{path}: {empty} of {len(rows)} lines without a filename or a label")
+    return rows
+
+
+def group_by_class(rows):
+    """[(filename, label)] with the images of a class together, classes in order of first appearance -> (rows, classes)."""
+    classes = list(dict.fromkeys(label for _, label in rows))
+    number = {label: i for i, label in enumerate(classes)}
+    return sorted(rows, key=lambda row: number[row[1]]), classes
+
+
+def check_counts(rows):
+    """Problems of {split: [(filename, label)]} that need no image: repeated images, unequal classes, a short Mini-ImageNet."""
+    problems = []
+    repeated = [name for name, count in Counter(filename for split in rows.values() for filename, _ in split).items() if count > 1]
+    if repeated:
+        problems.append(f"{len(repeated)} images stand more than once in the CSVs (the first: {repeated[0]})")
+    sizes = Counter((split, label) for split in rows for _, label in rows[split])
+    usual, times = Counter(sizes.values()).most_common(1)[0]
+    unequal = [f"{split}.csv: {label} has {size}" for (split, label), size in sizes.items() if size != usual]
+    if unequal:
+        problems.append(f"{len(unequal)} of {len(sizes)} classes do not have {usual} images as {times} do (the first: {unequal[0]})")
+    classes = {split: {label for _, label in rows[split]} for split in rows}
+    wordnet = all(re.fullmatch(r"n\d{8}", label) for labels in classes.values() for label in labels)
+    if wordnet and {split: len(labels) for split, labels in classes.items()} == CLASSES:
+        for split, expected in SPLITS.items():
+            if len(rows[split]) != expected:
+                problems.append(f"{split}.csv: {len(rows[split])} images found, Mini-ImageNet's {expected} expected")
+    return problems
+
+
+def find_images(source):
+    """Where the images lie, {filename: (zip file or None, path)}, and the problems met: zips that cannot be opened.
+
+    Reads `source`/images/ and every zip in `source`; the part of a zip's paths up to `images/` does not count.
+    A loose file comes before a zipped one.
+    """
+    found, problems = {}, []
+    for archive in sorted(source.glob("*.zip")):
+        try:
+            with zipfile.ZipFile(archive) as file:
+                for entry in file.namelist():
+                    if not entry.endswith("/") and "__MACOSX" not in entry:
+                        found[entry.rpartition("images/")[2]] = (str(archive), entry)
+        except (zipfile.BadZipFile, OSError) as error:
+            problems.append(f"{archive}: damaged or truncated zip archive ({error})")
+    folder = source / "images"
+    for path in folder.rglob("*"):
+        if path.is_file():
+            found[path.relative_to(folder).as_posix()] = (None, str(path))
+    return found, problems
+
+
+@lru_cache
+def open_zip(path):
+    return zipfile.ZipFile(path)
+
+
+def decode(place):
+    """One image -> (84, 84, 3) uint8, or a string that says why it cannot be read. Runs in a process of the pool."""
+    archive, path = place
+    try:
+        data = open_zip(archive).read(path) if archive else Path(path).read_bytes()
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        if image.size != (SIZE, SIZE):
+            image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # antialiased by Pillow, as torchvision's Resize
+        return np.asarray(image)
+    except (OSError, SyntaxError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def decode_all(places, pool):
+    """{split: [place or None]} -> ({split: uint8 array (N, 84, 84, 3)}, {split: [(index, reason)]} of the broken images)."""
+    arrays, broken = {}, {}
+    bar = tqdm(total=sum(map(len, places.values())), desc="images", unit="img")
+    for split, jobs in places.items():
+        arrays[split], broken[split] = np.zeros((len(jobs), SIZE, SIZE, 3), np.uint8), []
+        known = [i for i, place in enumerate(jobs) if place]
+        for i, image in zip(known, pool.map(decode, [jobs[i] for i in known], chunksize=64)):
+            if isinstance(image, str):
+                broken[split].append((i, image))
+            else:
+                arrays[split][i] = image
+            bar.update()
+    bar.close()
+    return arrays, broken
+
+
+def prepare(source):
+    """-> ({file name: array}, {split: class names}). Raises SourceError with every problem of the source in one message."""
+    rows, classes, problems = {}, {}, []
+    for split in SPLITS:
+        try:
+            rows[split], classes[split] = group_by_class(read_csv(source / f"{split}.csv"))
+        except SourceError as error:
+            problems.append(str(error))
+    if problems:
+        raise SourceError("; ".join(problems))
+    problems += check_counts(rows)
+    found, damaged = find_images(source)
+    problems += damaged
+    places = {split: [found.get(filename) for filename, _ in rows[split]] for split in rows}
+    for split, jobs in places.items():
+        missing = [filename for (filename, _), place in zip(rows[split], jobs) if place is None]
+        if missing:
+            count = f"{len(missing)} of {len(jobs)} images missing"
+            problems.append(f"{split}.csv: {count} in {source}/images and the zips beside it (the first: {missing[0]})")
+    # A stop from the keyboard goes to the parent alone, which ends the pool.
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        arrays, broken = decode_all(places, pool)
+    for split, failures in broken.items():
+        if failures:
+            index, reason = failures[0]
+            count = f"{len(failures)} of {len(rows[split])} images are not readable"
+            problems.append(f"{split}.csv: {count} (the first: {rows[split][index][0]}, {reason})")
+    if problems:
+        raise SourceError("; ".join(problems))
+    files = {}
+    for split, array in arrays.items():
+        number = {label: i for i, label in enumerate(classes[split])}
+        files[split] = array
+        files[f"{split}_labels"] = np.array([number[label] for _, label in rows[split]], np.int64)
+    return files, classes
+
+
+def write_all(out, files, classes):
+    """All files or none: everything is written beside its place first, then renamed."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
+        for name, array in files.items():
+            np.save(f"{folder}/{name}.npy", array)
+        Path(folder, "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
+        for name in [*(f"{name}.npy" for name in files), "classes.json"]:
+            os.replace(f"{folder}/{name}", out / name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--source", type=Path, required=True, help="folder with train.csv, val.csv, test.csv and images/ or zips of it")
+    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
+    args = parser.parse_args()
+    try:
+        if not args.source.is_dir():
+            raise SourceError(f"--source: {args.source} found, a folder with the three CSVs and images/ or zips of it expected")
+        files, classes = prepare(args.source)
+        write_all(args.out, files, classes)
+    except (SourceError, OSError, BrokenProcessPool) as error:
+        print(f"prepare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for split, names in classes.items():
+        images = files[split]
+        print(f"{args.out / split}.npy  {images.shape} {images.dtype}  {len(names)} classes of {len(images) // len(names)} images")
+
+
+if __name__ == "__main__":
+    main()

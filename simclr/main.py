@@ -1,0 +1,351 @@
+"""SimCLR on Mini-ImageNet: learn features from unlabeled images, then write them for Meta-GMVAE.
+
+    python main.py --data-dir ../data/imgnet --save-dir runs/simclr --feature-save-dir ../data/imgnet
+
+The published recipe is the default. `--feature-save-dir` receives train_features.npy, val_features.npy and
+test_features.npy; `--save-dir` config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and,
+with --probe, test.json. README.md has the data and the results.
+"""
+
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors; torch reads it at its first allocation
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dataloader import check_episodes, contact_sheet, draw_episodes, epoch_order, load_split, plain_views, training_views
+from model import Encoder, nt_xent, projection_head
+from runtime import (
+    HERE, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
+    number, open_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_text,
+)  # fmt: skip
+
+SPLITS = ("train", "val", "test")
+VALIDATION_SHOTS, BEST_SHOT = (1, 5), 5  # best.pt is the best at the latter: its accuracy varies less
+VALIDATION_SEED, TEST_SEED = 1, 2  # of the episodes: the same for every run
+CONSTANT_EPOCHS = 10  # before the learning rate starts to fall
+SAVE_SECONDS = 300  # at most this much training is lost to a kill
+PREPARE = HERE.parent / "data/imgnet/prepare.py"
+# What a resumed run may change: where it runs and what is made of its encoder, not what it trains.
+FREE_ON_RESUME = {
+    "data_dir", "save_dir", "feature_save_dir", "device", "resume", "export", "export_only", "checkpoint", "probe", "test_shot", "contact_sheet"
+}  # fmt: skip
+
+
+def parse_args(argv=None):
+    """The command line as a namespace; the published defaults."""
+    count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
+    p = Parser(description=__doc__.split("\n")[0])
+    g = p.add_argument_group("files")
+    g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/imgnet", help="prepared arrays, or images/ (or zips of it) with the three CSVs")
+    g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
+    g.add_argument("--feature-save-dir", type=Path, default=HERE.parent / "data/imgnet", help="folder for the three feature files")
+    g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt")
+    g.add_argument("--export", choices=["best", "last"], default="last", help="epoch to write features of; best: on validation episodes")
+    g.add_argument("--export-only", action="store_true", help="no training: write the features of --checkpoint")
+    g.add_argument("--checkpoint", type=Path, help="encoder for --export-only; without it the one in --save-dir that --export names")
+    g.add_argument("--contact-sheet", type=Path, metavar="PNG", help="save a picture of training images and views of them, and stop")
+    g = p.add_argument_group("model and training")
+    g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the features are 4 times as wide")
+    g.add_argument("--batch-size", type=number(int, 2), default=512, help="images a step; each gives two views")
+    g.add_argument("--train-epochs", type=count, default=400, help="passes over the training images")
+    g.add_argument("--lr", type=rate, default=1e-3, help=f"Adam's learning rate: constant for {CONSTANT_EPOCHS} epochs, then a cosine to zero")
+    g.add_argument("--temperature", type=number(float, 1e-3), default=0.5, help="of the contrastive loss")
+    g.add_argument("--weight-decay", type=rate, default=0.0, help="Adam's L2 penalty")
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--freq-epochs", type=count, default=5, help="epochs between validations")
+    g.add_argument("--probe", action="store_true", help="few-shot logistic regression on the test features; needs scikit-learn")
+    g.add_argument("--way", type=count, default=5, help="classes of an episode")
+    g.add_argument("--query", type=count, default=15, help="query images a class")
+    g.add_argument("--eval-episodes", type=count, default=1000, help="episodes of a validation or probe, for each shot")
+    g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5, 20, 50], help="shots of --probe")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the convolutions in training; auto: bf16 where it is fast")
+    g.add_argument("--seed", type=natural, default=0, help="of weights, order and views; episodes are the same for every seed")
+    g.add_argument("--debug", action="store_true", help="smoke run: 2 epochs of 2 steps of 16 images, 2 validations of 10 episodes")
+    args = p.parse_args(argv)
+    if args.checkpoint and not args.export_only:
+        p.error("--checkpoint goes with --export-only; --resume continues a run")
+    if args.debug:
+        args.train_epochs, args.freq_epochs, args.batch_size, args.eval_episodes = 2, 1, 16, 10
+    return args
+
+
+# --- features and their quality -------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_all(encoder, images, name=None):
+    """Features of whole images: uint8 (classes, n, 84, 84, 3) -> float32 (classes, n, width).
+
+    In evaluation mode and in float32 whatever the training's precision, so that a checkpoint gives the same features
+    on every machine.
+    """
+    encoder.eval()
+    trained_in, encoder.bf16 = encoder.bf16, False
+    batches = images.flatten(0, 1).split(500 if images.is_cuda else 100)
+    quiet = 0.1 if sys.stderr.isatty() else 30
+    features = torch.cat([encoder(plain_views(batch)) for batch in tqdm(batches, desc=name, disable=name is None, mininterval=quiet)])
+    encoder.bf16 = trained_in
+    return features.unflatten(0, images.shape[:2])
+
+
+def standardise(features, reference):
+    """Features with the mean and standard deviation of `reference` taken out, each of the last dimension's on its own."""
+    mean, std = reference.flatten(0, -2).mean(0), reference.flatten(0, -2).std(0)
+    return (features - mean) / std.clamp_min(1e-6)
+
+
+def nearest_mean(features, episodes, shot):
+    """Accuracy of each episode in percent when a query image goes to the class with the nearest support mean: (count,).
+
+    features (images, width), episodes (count, way, shot + query) from `draw_episodes`.
+    """
+    accuracies = []
+    labels = torch.arange(episodes.shape[1], device=features.device).unsqueeze(-1)
+    for images in episodes.to(features.device).split(50):
+        h = features[images]  # (count, way, shot + query, width)
+        mean, query = h[:, :, :shot].mean(2), h[:, :, shot:]
+        score = query.flatten(1, 2) @ mean.mT - 0.5 * mean.square().sum(-1).unsqueeze(1)
+        accuracies.append(100 * (score.argmax(-1).view(query.shape[:3]) == labels).float().mean((1, 2)))
+    return torch.cat(accuracies).cpu()
+
+
+def logistic_regression(features, episodes, shot):
+    """Accuracy of each episode in percent, by scikit-learn's logistic regression on its support images: (count,)."""
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    way, members = episodes.shape[1:]
+    features, y = features.cpu().numpy(), np.arange(way)
+    y_support, y_query = y.repeat(shot), y.repeat(members - shot)
+    accuracies = []
+    with threadpool_limits(1):  # the problems are so small that threads would mostly wait for each other
+        for images in tqdm(episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=0.1 if sys.stderr.isatty() else 30):
+            support, query = features[images[:, :shot].ravel()], features[images[:, shot:].ravel()]
+            accuracies.append(100 * LogisticRegression(max_iter=1000).fit(support, y_support).score(query, y_query))
+    return torch.tensor(accuracies)
+
+
+def evaluate(features, classify, shots, seed, args):
+    """{'5way1shot': {accuracy, ci95, episodes}, ...}: mean and 1.96 std / sqrt(episodes) of `classify`, in percent.
+
+    features (classes, n, width), standardised.
+    """
+    results = {}
+    for shot in shots:
+        episodes = draw_episodes(features, args.way, shot, args.query, args.eval_episodes, seed)
+        accuracy = classify(features.flatten(0, 1), episodes, shot)
+        ci95 = 1.96 * accuracy.std(correction=0).item() / len(accuracy) ** 0.5
+        results[f"{args.way}way{shot}shot"] = {"accuracy": accuracy.mean().item(), "ci95": ci95, "episodes": len(accuracy)}
+    return results
+
+
+def export(splits, device, args):
+    """Writes the three feature files of --checkpoint or of the run's own encoder; returns {split: (classes, n, width)}."""
+    path = args.checkpoint or args.save_dir / f"{args.export}.pt"
+    encoder = load_model(path, Encoder).to(device)
+    features = {name: encode_all(encoder, images, f"{name} features") for name, images in splits.items()}
+    args.feature_save_dir.mkdir(parents=True, exist_ok=True)
+    for name, h in features.items():
+        path = args.feature_save_dir / f"{name}_features.npy"
+        array = h.flatten(0, 1).cpu().numpy()
+
+        def write(temporary):
+            with open(temporary, "wb") as file:  # np.save adds .npy to a name, not to a file
+                np.save(file, array)
+
+        write_atomically(path, write)
+        print(f"{path}  {array.shape} {array.dtype}")
+    if not args.checkpoint:
+        save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes})
+    return features
+
+
+def probe(features, args):
+    """The few-shot baseline on the test features, standardised on the training features; printed and written to test.json."""
+    results = evaluate(standardise(features["test"], features["train"]), logistic_regression, args.test_shot, TEST_SEED, args)
+    for name, r in results.items():
+        print(f"probe {name:>12}  {r['accuracy']:6.2f} ± {r['ci95']:.2f} %  ({r['episodes']} episodes)")
+    write_json(args.save_dir / "test.json", results)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def learning_rate(epoch, args):
+    """Adam's rate after `epoch` epochs, a fraction within one: constant at first, zero at --train-epochs."""
+    falling = (epoch - CONSTANT_EPOCHS) / max(args.train_epochs - CONSTANT_EPOCHS, 1)
+    return args.lr if falling <= 0 else 0.5 * args.lr * (1 + math.cos(math.pi * falling))
+
+
+def train_step(encoder, projection, optimizer, x, rate, temperature):
+    """One step of Adam on the contrastive loss of the views x (2 N, 3, 84, 84); returns the loss, on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = nt_xent(projection(encoder(x)), temperature)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def validate(encoder, images, step, history, args):
+    """One line of metrics from labels that training never sees; the encoder becomes best.pt if it is the best so far."""
+    features = encode_all(encoder, images)
+    results = evaluate(standardise(features, features), nearest_mean, VALIDATION_SHOTS, VALIDATION_SEED, args)
+    name = f"{args.way}way{BEST_SHOT}shot"
+    if all(results[name]["accuracy"] > line[name]["accuracy"] for line in history):
+        checkpoint = {"model": encoder.state_dict(), "sizes": encoder.sizes, "step": step, "validation": results}
+        save_checkpoint(args.save_dir / "best.pt", checkpoint)
+    return results
+
+
+def train(splits, device, bf16, args):
+    """Trains from the start, or from last.pt, to --train-epochs. Leaves with status 128 + signal after a checkpoint if asked to stop."""
+    torch.manual_seed(args.seed)
+    encoder, projection = Encoder(args.hidden_size, bf16).to(device), projection_head(args.hidden_size).to(device)
+    parameters = [*encoder.parameters(), *projection.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    generator = torch.Generator().manual_seed(args.seed)  # of the views; the order of an epoch follows from its number
+    parts = {"model": encoder, "projection": projection, "optimizer": optimizer, "generator": generator}
+
+    last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
+    steps = 2 if args.debug else len(images) // args.batch_size  # of an epoch; what is left over waits for another order
+    total = steps * args.train_epochs
+    progress = {"step": 0, "seconds": 0.0, "history": []}
+    if last.exists():
+        checkpoint = load_checkpoint(last)
+        restore(parts, checkpoint)
+        progress = {name: checkpoint[name] for name in progress}
+    start, history = progress["step"], progress["history"]
+    began, saved = time.monotonic() - progress["seconds"], time.monotonic()
+
+    tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
+    losses, stop = LossLog(("nt_xent",), tensorboard), catch_stop()
+    log_every = 50 if device.type == "cuda" else 1
+    quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
+    bar = tqdm(total=total, initial=start, desc=args.save_dir.name, unit="step", mininterval=quiet, dynamic_ncols=True)
+    order = None
+    for step in range(start + 1, total + 1):
+        epoch, position = divmod(step - 1, steps)
+        if order is None or position == 0:
+            order = epoch_order(images, args.seed, epoch).to(device)
+        encoder.train()
+        x = training_views(images[order[position * args.batch_size : (position + 1) * args.batch_size]], generator)
+        rate = learning_rate((step - 1) / steps, args)
+        losses.add(train_step(encoder, projection, optimizer, x, rate, args.temperature))
+        bar.update()
+        validating = step % (args.freq_epochs * steps) == 0 or step == total
+        saving = step % steps == 0 or stop or time.monotonic() - saved > SAVE_SECONDS
+        if saving or step % log_every == 0:
+            terms = losses.flush(step)
+            bar.set_postfix({"epoch": epoch + 1, **{name: f"{value:.3f}" for name, value in terms.items()}}, refresh=False)
+        if saving and not all(p.isfinite().all() for p in parameters):
+            raise UserError(f"step {step}: a weight is not finite ({terms}), finite ones expected; last.pt keeps the last good checkpoint")
+        if validating:
+            results = validate(encoder, splits["val"], step, history, args)
+            history.append({"epoch": epoch + 1, "step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
+            for name, r in results.items():
+                tensorboard.add_scalar(f"validation/{name}", r["accuracy"], step)
+            scores = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
+            bar.write(f"epoch {epoch + 1}  {scores}  NT-Xent {terms['nt_xent']:.3f}")
+        if saving:
+            progress = {"step": step, "seconds": time.monotonic() - began, "history": history, "sizes": encoder.sizes}
+            save_checkpoint(last, snapshot(parts) | progress)
+            write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+            saved = time.monotonic()
+        if stop and step < total:
+            bar.close()
+            print(f"stopped after step {step}; --resume continues", file=sys.stderr)
+            sys.exit(128 + stop[0])
+    bar.close()
+    tensorboard.close()
+
+
+def prepared(args):
+    """The folder with the prepared arrays: --data-dir, or <save-dir>/data, made from the images and CSVs in --data-dir.
+
+    A run keeps the arrays it was started with. Raises UserError if they cannot be made.
+    """
+    if (args.data_dir / "train.npy").exists() or not (args.data_dir / "train.csv").exists():
+        return args.data_dir
+    out = args.save_dir / "data"
+    if (args.save_dir / "config.json").exists() and (out / "train.npy").exists():
+        return out
+    if not PREPARE.exists():
+        raise UserError(f"--data-dir: {args.data_dir} holds unprepared images, what data/imgnet/prepare.py makes of them expected ({PREPARE} not found)")
+    made = subprocess.run([sys.executable, PREPARE, "--source", args.data_dir, "--out", out])
+    if made.returncode:
+        sys.exit(made.returncode)  # it has said why
+    return out
+
+
+def load_splits(args):
+    """The arrays this run needs, checked against its flags, {split: tensor}. Raises UserError."""
+    data_dir = prepared(args)
+    splits = {name: load_split(data_dir, name) for name in SPLITS}
+    if args.contact_sheet:
+        return splits
+    if args.probe:
+        check_episodes(data_dir, "test", splits["test"], [args.way], args.test_shot, args.query)
+    if not args.export_only:
+        check_episodes(data_dir, "val", splits["val"], [args.way], VALIDATION_SHOTS, args.query)
+        found = splits["train"].shape[:2].numel()
+        if found < args.batch_size:
+            raise UserError(f"{data_dir / 'train.npy'}: {found} images found, at least --batch-size {args.batch_size} expected")
+    return splits
+
+
+def check_probe():
+    """Raises UserError without scikit-learn: before the training that it is to follow."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise UserError("--probe: scikit-learn not found, the package expected (pip install scikit-learn)") from None
+
+
+def main():
+    keep_memory()
+    torch.backends.cudnn.benchmark = True  # the shapes never change
+    args = parse_args()
+    try:
+        device = choose_device(args.device)
+        bf16 = use_bf16(args.precision, device)
+        if args.probe:
+            check_probe()
+        splits = {name: images.to(device) for name, images in load_splits(args).items()}
+        if args.contact_sheet:
+            rows = splits["train"][:16, 0]
+            picture = Image.fromarray(contact_sheet(rows, 9, torch.Generator().manual_seed(args.seed)))
+            write_atomically(args.contact_sheet, lambda temporary: picture.save(temporary, "png"))
+            return
+        if args.checkpoint and (args.save_dir / "last.pt").exists():
+            raise UserError(f"--save-dir: {args.save_dir} holds a training run, another folder expected for the export of --checkpoint")
+        if not args.export_only or args.checkpoint:
+            free = vars(args) if args.export_only else FREE_ON_RESUME
+            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume or args.export_only, free)
+        if not args.export_only:
+            train(splits, device, bf16, args)
+        features = export(splits, device, args)
+        if args.probe:
+            probe(features, args)
+    except (UserError, OSError) as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""SimCLR: an image encoder trained so that two views of the same image have similar projections.
+
+Symbols: N images of a batch, so 2 N views; h features (the encoder's output), z projections.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution, batch norm, 2x2 max-pool (odd sizes rounded down), ReLU.
+
+    Max-pool and ReLU commute; pooling first leaves the ReLU and its gradient a quarter of the pixels.
+    """
+
+    def __init__(self, channels_in, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return F.max_pool2d(self.norm(self.conv(x)), 2).relu()
+
+
+class Encoder(nn.Module):
+    """Conv5: (N, 3, 84, 84) normalised images -> float32 features h (N, 4 * hidden_size); 150,144 parameters at the defaults.
+
+    With bf16 the convolutions run under autocast. The published features are 256 wide (paper, Mini-ImageNet experiment).
+    """
+
+    def __init__(self, hidden_size=64, bf16=False):
+        super().__init__()
+        c = hidden_size
+        self.sizes, self.bf16 = {"hidden_size": hidden_size}, bf16
+        self.blocks = nn.Sequential(ConvBlock(3, c), *(ConvBlock(c, c) for _ in range(4)), nn.Flatten())  # 84, 42, 21, 10, 5, 2
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.blocks(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def projection_head(hidden_size=64):
+    """h -> z, used in training only: 4 * hidden_size -> the same -> ReLU -> 128; 98,688 parameters at the defaults."""
+    width = 4 * hidden_size
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))
+
+
+def nt_xent(z, temperature):
+    """Normalised-temperature cross-entropy of 2 N views, in nats a view (SimCLR, ICML 2020, equation 1).
+
+    z (2 N, width), float32: rows i and i + N are views of the same image. For each view the other one is to be
+    picked out of the 2 N - 1 others by cosine similarity / temperature.
+    """
+    z = F.normalize(z, dim=-1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # a view is no candidate for itself
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
