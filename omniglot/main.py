@@ -204,7 +204,7 @@ def train(splits, device, bf16, args):
     progress = {"step": 0, "seconds": 0.0, "history": []}
     if last.exists():
         checkpoint = load_checkpoint(last)
-        restore(parts, checkpoint)
+        restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
@@ -272,6 +272,8 @@ def main():
         device = choose_device(args.device)
         bf16 = use_bf16(args.precision, device)
         splits = {name: images.to(device) for name, images in load_splits(args).items()}
+        if args.checkpoint:
+            load_model(args.checkpoint, GMVAE)  # refused before anything is written
         if args.checkpoint and (args.save_dir / "last.pt").exists():
             raise UserError(f"--save-dir: {args.save_dir} holds a training run, another folder expected for the test of --checkpoint")
         if not args.eval_only or args.checkpoint:

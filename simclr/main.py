@@ -228,7 +228,7 @@ def train(splits, device, bf16, args):
     progress = {"step": 0, "seconds": 0.0, "history": []}
     if last.exists():
         checkpoint = load_checkpoint(last)
-        restore(parts, checkpoint)
+        restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
@@ -254,7 +254,7 @@ def train(splits, device, bf16, args):
             terms = losses.flush(step)
             bar.set_postfix({"epoch": epoch + 1, **{name: f"{value:.3f}" for name, value in terms.items()}}, refresh=False)
         if saving and not all(p.isfinite().all() for p in parameters):
-            raise UserError(f"step {step}: a weight is not finite ({terms}), finite ones expected; last.pt keeps the last good checkpoint")
+            raise UserError(f"step {step}: a weight is not finite (nt_xent {terms['nt_xent']}), finite ones expected; last.pt keeps the last good checkpoint")
         if validating:
             results = validate(encoder, splits["val"], step, history, args)
             history.append({"epoch": epoch + 1, "step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
@@ -332,6 +332,8 @@ def main():
             picture = Image.fromarray(contact_sheet(rows, 9, torch.Generator().manual_seed(args.seed)))
             write_atomically(args.contact_sheet, lambda temporary: picture.save(temporary, "png"))
             return
+        if args.checkpoint:
+            load_model(args.checkpoint, Encoder)  # refused before anything is written
         if args.checkpoint and (args.save_dir / "last.pt").exists():
             raise UserError(f"--save-dir: {args.save_dir} holds a training run, another folder expected for the export of --checkpoint")
         if not args.export_only or args.checkpoint:
@@ -343,7 +345,7 @@ def main():
         if args.probe:
             probe(features, args)
     except (UserError, OSError) as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        tqdm.write(f"main.py: error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
         sys.exit(2)
 
 

@@ -144,10 +144,13 @@ def snapshot(parts):
     return {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
 
 
-def restore(parts, checkpoint):
-    """The reverse of `snapshot`, in place."""
-    for name, part in parts.items():
-        part.set_state(checkpoint[name]) if isinstance(part, torch.Generator) else part.load_state_dict(checkpoint[name])
+def restore(parts, checkpoint, path):
+    """The reverse of `snapshot`, in place; `path` is where the checkpoint came from. Raises UserError if it is another program's."""
+    try:
+        for name, part in parts.items():
+            part.set_state(checkpoint[name]) if isinstance(part, torch.Generator) else part.load_state_dict(checkpoint[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this run ({str(error).splitlines()[0]})") from None
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -175,7 +178,10 @@ def open_folder(save_dir, config, resume, free):
     if path.exists():
         if not resume:
             raise UserError(f"{save_dir}: holds another run (config.json), an empty folder expected; --resume continues it")
-        before = json.loads(path.read_text())["args"]
+        try:
+            before = json.loads(path.read_text())["args"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: not readable, the flags of the run in {save_dir} expected") from None
         for name, value in config["args"].items():
             if name not in free and before.get(name) != value:
                 flag = "--" + name.replace("_", "-")

@@ -1,51 +1,25 @@
 """What the tests share: modules of the self-contained folders, their programs as a user runs them, a tiny data set."""
 
-import importlib
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from folders import ROOT, load  # noqa: F401
+
 shared_data = ROOT.parent / "shared" / "data"
 needs_shared_data = pytest.mark.skipif(not shared_data.is_dir(), reason="the real data sets are not at ../shared/data")
 
-torch.set_num_threads(2)
-_loaded = {}  # folder -> its modules, by name
+torch.set_num_threads(1)  # two test processes share the cores; threads beyond the cores mostly wait
 
 
-def load(folder, name):
-    """Module `name` of a folder, e.g. load("omniglot", "model"); the same object every time.
-
-    Every folder has its own main, model, dataloader and runtime, so `import model` has to mean another file in
-    each: while one folder is loading only its modules are visible, and afterwards none is.
-    """
-    place, mine = str(ROOT / folder), _loaded.setdefault(folder, {})
-    if name not in mine:
-        names = {path.stem for path in (ROOT / folder).glob("*.py")}
-        hidden = {other: sys.modules.pop(other) for other in names & sys.modules.keys()}
-        sys.modules.update(mine)
-        sys.path.insert(0, place)
-        try:
-            importlib.invalidate_caches()
-            importlib.import_module(name)
-        finally:
-            sys.path.remove(place)
-            mine.update({other: sys.modules.pop(other) for other in names & sys.modules.keys()})
-            sys.modules.update(hidden)
-        for other, module in mine.items():
-            sys.modules[f"{folder.replace('/', '_')}_{other}"] = module
-    return mine[name]
-
-
-def run(folder, *args, script="main.py", timeout=120, env=None):
+def run(folder, *args, script="main.py", timeout=400, env=None):
     """`python <script> <args>` in a folder, as a user runs it: CompletedProcess, stdout and stderr as text."""
     command = [sys.executable, script, *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(command, cwd=ROOT / folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 

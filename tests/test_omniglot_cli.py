@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_a_run_leaves_its_files(whole_run):
 
 def start(folder, flags):
     command = [sys.executable, "main.py", "--save-dir", str(folder), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT / "omniglot", env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT / "omniglot", env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(path, process, seconds=60):
@@ -141,7 +142,7 @@ def test_a_copy_of_the_folder_runs_alone(glyphs_dir, tmp_path):
 
 
 def test_help_describes_every_flag():
-    result = run("omniglot", "--help")
+    result = run("omniglot", "--help", env={"COLUMNS": "400"})
     assert result.returncode == 0
     for flag in "data-dir save-dir unsupervised-em-iters semisupervised-em-iters fix-pi hidden-size latent-size train-mc-sample-size".split():
         assert f"--{flag}" in result.stdout
@@ -200,6 +201,18 @@ def test_wrong_checkpoints(glyphs_dir, tmp_path):
     fails(run("omniglot", *flags, tmp_path / "text.pt"), "text.pt", "not a readable checkpoint")
     torch.save({"model": {}, "sizes": {"hidden_size": 8, "latent_size": 8}}, tmp_path / "empty.pt")
     fails(run("omniglot", *flags, tmp_path / "empty.pt"), "empty.pt", "not a checkpoint of this experiment")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_run_is_not_resumed(whole_run, tmp_path):
+    folder, flags, _ = whole_run
+    for name, content, words in (("config.json", b"{", "not readable"), ("last.pt", b"PK", "not a readable checkpoint")):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        (copy / name).write_bytes(content)
+        fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), name, words)
+    torch.save({"step": 3}, copy / "last.pt")
+    fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), "last.pt", "not a checkpoint of this run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(glyphs_dir, tmp_path):

@@ -1,0 +1,78 @@
+"""Features as one tensor on the device; training sets and few-shot episodes are indices into it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime import UserError
+
+
+def load_split(data_dir, split, images_per_class):
+    """One split, `<split>_features.npy` (images, width): a float32 tensor (classes, images_per_class, width).
+
+    The images of a class lie together; other floats become float32. Raises UserError for a missing or damaged
+    file, a wrong shape, dtype or number of images, and values that are NaN or infinite.
+    """
+    path = Path(data_dir) / f"{split}_features.npy"
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; make it with simclr/main.py, option --feature-save-dir") from None
+    except Exception as error:  # NumPy raises many kinds for a damaged file
+        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
+        raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (images, features)")
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        raise UserError(f"{path}: dtype {array.dtype}, expected float32 (or another float)")
+    if len(array) % images_per_class:
+        raise UserError(f"{path}: {len(array)} images, expected a multiple of --images-per-class {images_per_class}")
+    if array.shape[1] % 4:
+        raise UserError(f"{path}: {array.shape[1]} features an image, expected a multiple of 4 (the set network's heads)")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+        array = array.astype(np.float32)
+    bad = np.count_nonzero(~np.isfinite(array).all(1))
+    if bad:
+        raise UserError(f"{path}: {bad} images with NaN or infinite features, expected finite float32 values")
+    return torch.from_numpy(array).unflatten(0, (-1, images_per_class))
+
+
+def check_episodes(data_dir, split, images, ways, shots, query):
+    """Raises UserError unless the split has the classes and images that the episodes need."""
+    path = Path(data_dir) / f"{split}_features.npy"
+    classes, per_class = images.shape[:2]
+    if classes < max(ways):
+        raise UserError(f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes")
+    if per_class < max(shots) + query:
+        raise UserError(
+            f"{path}: {per_class} images a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
+        )
+
+
+def check_width(data_dir, split, images, width, source):
+    """Raises UserError unless the split's features are `width` wide, as `source` is."""
+    found = images.shape[-1]
+    if found != width:
+        path = Path(data_dir) / f"{split}_features.npy"
+        raise UserError(f"{path}: {found} features an image, expected {width} as in {source}")
+
+
+def draw_sets(images, sets, sample_size, generator):
+    """One training batch: `sets` disjoint sets of distinct unlabeled images.
+
+    images (N, width) -> (sets, sample_size, width).
+    """
+    index = torch.randperm(len(images), device=images.device, generator=generator)[: sets * sample_size]
+    return images[index].unflatten(0, (sets, sample_size))
+
+
+def draw_episodes(images, way, shot, query, count, seed):
+    """Indices of few-shot episodes into images.flatten(0, 1): (count, way, shot + query), support first.
+
+    Drawn on the CPU from `seed` alone, so that every validation, run and machine sees the same episodes.
+    """
+    classes, per_class = images.shape[:2]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(count, classes, generator=generator).topk(way).indices
+    members = torch.rand(count, way, per_class, generator=generator).topk(shot + query).indices
+    return chosen.unsqueeze(-1) * per_class + members

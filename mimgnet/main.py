@@ -1,0 +1,284 @@
+"""Meta-GMVAE on Mini-ImageNet: meta-train on features of unlabeled images, then test few-shot classification.
+
+    python main.py --data-dir ../data/imgnet --save-dir runs/5way
+
+The published recipe is the default. `--save-dir` receives config.json, metrics.jsonl, last.pt, best.pt,
+test.json and tb_log/. README.md has the data, the features and the results.
+"""
+
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors; torch reads it at its first allocation
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dataloader import check_episodes, check_width, draw_episodes, draw_sets, load_split
+from model import GMVAE, classify, loss_terms, sample_posterior
+from runtime import (
+    HERE, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
+    number, open_folder, restore, save_checkpoint, snapshot, use_bf16, write_json, write_text,
+)  # fmt: skip
+
+VALIDATION_SEED, TEST_SEED = 1, 2  # of the episodes: the same for every run
+NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that evaluation draws from
+SAVE_SECONDS = 300  # at most this much training is lost to a kill
+# What a resumed run may change: where it runs and what it is tested on, not what it trains.
+FREE_ON_RESUME = {"data_dir", "save_dir", "device", "resume", "eval_only", "checkpoint", "test_way", "test_shot"}
+
+
+def parse_args(argv=None):
+    """The command line as a namespace; the published defaults."""
+    count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
+    p = Parser(description=__doc__.split("\n")[0])
+    g = p.add_argument_group("files")
+    g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/imgnet", help="folder with train_, val_ and test_features.npy")
+    g.add_argument("--images-per-class", type=count, default=600, help="images of a class, which lie together in the three files")
+    g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
+    g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt")
+    g.add_argument("--eval-only", action="store_true", help="no training: test --checkpoint, write test.json into --save-dir")
+    g.add_argument("--checkpoint", type=Path, help="weights for --eval-only; without it the best in --save-dir")
+    g = p.add_argument_group("model")
+    g.add_argument("--hidden-size", type=count, default=512, help="width of the decoder's hidden layers; the set network is as wide as a feature")
+    g.add_argument("--latent-size", type=count, default=32, help="dimensions of the latent space")
+    g = p.add_argument_group("training")
+    g.add_argument("--batch-size", type=count, default=16, help="sets a step")
+    g.add_argument("--sample-size", type=count, default=5, help="images a set")
+    g.add_argument("--train-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image in training")
+    g.add_argument("--unsupervised-em-iters", type=natural, default=10, help="EM iterations on each training set")
+    g.add_argument("--fix-pi", action="store_true", help="keep the mixture weights uniform in training")
+    g.add_argument("--train-iters", type=count, default=15000, help="training steps")
+    g.add_argument("--lr", type=rate, default=1e-4, help="Adam's learning rate")
+    g.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: from --lr to zero at the last step")
+    g.add_argument("--weight-decay", type=rate, default=5e-2, help="Adam's L2 penalty")
+    g.add_argument("--kl-warmup-iters", type=natural, default=0, help="steps over which the KL term's weight rises from 0.02 to --kl-weight")
+    g.add_argument("--kl-weight", type=rate, default=1.0, help="final weight of the KL term; 1 is the evidence lower bound")
+    g.add_argument("--ema-decay", type=number(float, 0, below=1), default=0.0, help="validate and test a moving average of the weights; 0: off")
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--way", type=count, default=5, help="mixture components in training, classes of a validation episode")
+    g.add_argument("--shot", type=count, default=1, help="labeled images a class of a validation episode")
+    g.add_argument("--query", type=count, default=15, help="query images a class")
+    g.add_argument("--freq-iters", type=count, default=1000, help="steps between validations")
+    g.add_argument("--eval-episodes", type=count, default=1000, help="episodes of a validation, and of a test for each shot")
+    g.add_argument("--test-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image in evaluation")
+    g.add_argument("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on each episode")
+    g.add_argument("--e-step", choices=["unit", "learned"], default="unit", help="variance in the episode's E-step: 1 (published) or learned")
+    g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is (default: --way)")
+    g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5, 20, 50], help="shots to test")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the networks in training; auto: bf16 where it is fast")
+    g.add_argument("--seed", type=natural, default=0, help="of weights, sets and noise; episodes are the same for every seed")
+    g.add_argument("--debug", action="store_true", help="smoke run: 4 steps, 2 validations of 10 episodes, 2 Monte-Carlo samples")
+    args = p.parse_args(argv)
+    if args.checkpoint and not args.eval_only:
+        p.error("--checkpoint goes with --eval-only; --resume continues a run")
+    if args.debug:
+        args.train_iters, args.freq_iters, args.eval_episodes = 4, 2, 10
+        args.train_mc_sample_size = args.test_mc_sample_size = 2
+    args.test_way = args.test_way or [args.way]
+    return args
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, features, episodes, shot, samples, em_iters, learned_e_step=False):
+    """Accuracy of each episode, in percent: (episodes,).
+
+    features (images, width); episodes (count, way, shot + query) from `draw_episodes`.
+    Support and query pass the set network together (transductive). Every episode picks its images' noise from
+    one pool made on the CPU, so that every device and every validation sees the same.
+    """
+    count, way, members = episodes.shape
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(NOISE_POOL, samples, model.sizes["latent_size"], generator=generator).to(features.device)
+    picks = torch.randint(NOISE_POOL, (count, way * members), generator=generator).to(features.device)
+    labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
+    at_once = max(1, (2**20 if features.is_cuda else 2**14) // (way * members * samples))  # on a CPU: what its caches hold
+    accuracies = []
+    for images, pick in zip(episodes.flatten(1).to(features.device).split(at_once), picks.split(at_once)):
+        mean, log_var = model.posterior(features[images])  # (B, way * members, D)
+        z, _ = sample_posterior(mean, log_var, pool[pick])
+        z = z.unflatten(1, (way, members))  # (B, way, members, S, D)
+        probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, learned_e_step)
+        accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
+    return torch.cat(accuracies).cpu()
+
+
+def evaluate_split(model, images, ways, shots, seed, args):
+    """{'5way1shot': {accuracy, ci95, episodes}, ...}: mean and 1.96 std / sqrt(episodes), in percent.
+
+    In float32 whatever the training's precision, so that a checkpoint scores the same on every machine.
+    """
+    model.eval()
+    trained_in, model.bf16 = model.bf16, False
+    features, results = images.flatten(0, 1), {}
+    for way in ways:
+        for shot in shots:
+            episodes = draw_episodes(images, way, shot, args.query, args.eval_episodes, seed)
+            accuracy = evaluate(model, features, episodes, shot, args.test_mc_sample_size, args.semisupervised_em_iters, args.e_step == "learned")
+            ci95 = 1.96 * accuracy.std(correction=0).item() / len(accuracy) ** 0.5
+            results[f"{way}way{shot}shot"] = {"accuracy": accuracy.mean().item(), "ci95": ci95, "episodes": len(accuracy)}
+    model.bf16 = trained_in
+    return results
+
+
+def test(images, device, args):
+    """The test table of --checkpoint, or of the run's own best checkpoint; printed and written to test.json."""
+    checkpoint = args.checkpoint or args.save_dir / "best.pt"
+    model = load_model(checkpoint, GMVAE).to(device)
+    results = evaluate_split(model, images, args.test_way, args.test_shot, TEST_SEED, args)
+    for name, r in results.items():
+        print(f"test  {name:>12}  {r['accuracy']:6.2f} ± {r['ci95']:.2f} %  ({r['episodes']} episodes)")
+    write_json(args.save_dir / "test.json", results)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def learning_rate(step, args):
+    """Adam's rate at a step from 1 to --train-iters."""
+    return args.lr if args.lr_schedule == "constant" else 0.5 * args.lr * (1 + math.cos(math.pi * (step - 1) / args.train_iters))
+
+
+def kl_weight(step, args):
+    """The KL term's weight at a step: at full weight from the start, the posterior hides in the prior for thousands of steps."""
+    if step >= args.kl_warmup_iters:
+        return args.kl_weight
+    return args.kl_weight * (0.02 + 0.98 * step / args.kl_warmup_iters)
+
+
+def train_step(model, optimizer, x, step, args, generator):
+    """One step of Adam on the negative evidence lower bound; returns its terms (reconstruction, KL), on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    reconstruction, kl = loss_terms(model, x, args.train_mc_sample_size, args.way, args.unsupervised_em_iters, args.fix_pi, generator)
+    optimizer.zero_grad()
+    (reconstruction + kl_weight(step, args) * kl).backward()
+    optimizer.step()
+    return reconstruction, kl
+
+
+def validate(model, images, step, history, args):
+    """One line of metrics; the model becomes `best.pt` if it is the best so far."""
+    results = evaluate_split(model, images, [args.way], [args.shot], VALIDATION_SEED, args)
+    name = f"{args.way}way{args.shot}shot"
+    if all(results[name]["accuracy"] > line[name]["accuracy"] for line in history):
+        checkpoint = {"model": model.state_dict(), "sizes": model.sizes, "step": step, "validation": results}
+        save_checkpoint(args.save_dir / "best.pt", checkpoint)
+    return results
+
+
+def train(splits, device, bf16, args):
+    """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal after a checkpoint if asked to stop."""
+    torch.manual_seed(args.seed)
+    model = GMVAE(splits["train"].shape[-1], args.hidden_size, args.latent_size, bf16).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    parts = {"model": model, "optimizer": optimizer, "generator": generator}
+    if args.ema_decay:
+        parts["average"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+    evaluated = parts["average"].module if args.ema_decay else model
+
+    last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
+    progress = {"step": 0, "seconds": 0.0, "history": []}
+    if last.exists():
+        checkpoint = load_checkpoint(last)
+        check_width(args.data_dir, "train", splits["train"], checkpoint["sizes"]["feature_size"], last)
+        restore(parts, checkpoint, last)
+        progress = {name: checkpoint[name] for name in progress}
+    start, history = progress["step"], progress["history"]
+    began, saved = time.monotonic() - progress["seconds"], time.monotonic()
+
+    tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
+    losses, stop = LossLog(("reconstruction", "kl"), tensorboard), catch_stop()
+    log_every = 50 if device.type == "cuda" else 1
+    quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
+    bar = tqdm(total=args.train_iters, initial=start, desc=args.save_dir.name, unit="step", mininterval=quiet, dynamic_ncols=True)
+    for step in range(start + 1, args.train_iters + 1):
+        model.train()
+        x = draw_sets(images, args.batch_size, args.sample_size, generator)
+        losses.add(*train_step(model, optimizer, x, step, args, generator))
+        if args.ema_decay:
+            parts["average"].update_parameters(model)
+        bar.update()
+        validating = step % args.freq_iters == 0 or step == args.train_iters
+        saving = validating or stop or time.monotonic() - saved > SAVE_SECONDS
+        if saving or step % log_every == 0:
+            terms = losses.flush(step)
+            bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()}, refresh=False)
+        if saving and not all(p.isfinite().all() for p in model.parameters()):
+            found = ", ".join(f"{name} {value}" for name, value in terms.items())
+            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected; last.pt keeps the last good checkpoint")
+        if validating:
+            results = validate(evaluated, splits["val"], step, history, args)
+            history.append({"step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
+            for name, r in results.items():
+                tensorboard.add_scalar(f"validation/{name}", r["accuracy"], step)
+            scores = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
+            bar.write(f"step {step}  {scores}  reconstruction {terms['reconstruction']:.1f}  KL {terms['kl']:.1f}")
+        if saving:
+            progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
+            save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes})
+            write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+            saved = time.monotonic()
+        if stop and step < args.train_iters:
+            bar.close()
+            print(f"stopped after step {step}; --resume continues", file=sys.stderr)
+            sys.exit(128 + stop[0])
+    bar.close()
+    tensorboard.close()
+
+
+def load_splits(args):
+    """The arrays this run needs, checked against its flags, {split: tensor}. Raises UserError."""
+    names = ["test"] if args.eval_only else ["train", "val", "test"]
+    splits = {name: load_split(args.data_dir, name, args.images_per_class) for name in names}
+    check_episodes(args.data_dir, "test", splits["test"], args.test_way, args.test_shot, args.query)
+    if not args.eval_only:
+        for name in ("val", "test"):
+            check_width(args.data_dir, name, splits[name], splits["train"].shape[-1], "train_features.npy")
+        check_episodes(args.data_dir, "val", splits["val"], [args.way], [args.shot], args.query)
+        found, needed = splits["train"].shape[:2].numel(), args.batch_size * args.sample_size
+        if found < needed:
+            raise UserError(f"{args.data_dir}/train_features.npy: {found} images found, at least --batch-size x --sample-size = {needed} expected")
+        if args.way > args.sample_size * args.train_mc_sample_size:
+            raise UserError(f"--way: {args.way} found, at most --sample-size x --train-mc-sample-size expected: a component starts at a sample")
+    return splits
+
+
+def main():
+    keep_memory()
+    args = parse_args()
+    try:
+        device = choose_device(args.device)
+        bf16 = use_bf16(args.precision, device)
+        splits = {name: images.to(device) for name, images in load_splits(args).items()}
+        if args.checkpoint:
+            width = load_model(args.checkpoint, GMVAE).sizes["feature_size"]  # refused before anything is written
+            check_width(args.data_dir, "test", splits["test"], width, args.checkpoint)
+        if args.checkpoint and (args.save_dir / "last.pt").exists():
+            raise UserError(f"--save-dir: {args.save_dir} holds a training run, another folder expected for the test of --checkpoint")
+        if not args.eval_only or args.checkpoint:
+            free = vars(args) if args.eval_only else FREE_ON_RESUME
+            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume or args.eval_only, free)
+        if not args.eval_only:
+            train(splits, device, bf16, args)
+        test(splits["test"], device, args)
+    except (UserError, OSError) as error:
+        tqdm.write(f"main.py: error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What keeps a run fast, safe and repeatable: flags, device, files, checkpoints, signals (the same text in every experiment)."""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can put right: ends the program in one line (what was found, what was expected), exit status 2."""
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows every default in --help and says an error in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, below=math.inf):
+    """An argparse type: an int or float with low <= value < below."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < below:
+            limit = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"{text} found, {'an integer' if kind is int else 'a number'} of at least {low}{limit} expected")
+        return value
+
+    return parse
+
+
+# --- machine --------------------------------------------------------------------------------------
+
+
+def choose_device(name):
+    """`auto`, or a name torch knows -> torch.device, tried once. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {name} found, a device of this machine expected ({str(error).splitlines()[0]})") from None
+
+
+def use_bf16(precision, device):
+    """Whether to run the networks under bfloat16 autocast: as asked, or for `auto` where the hardware multiplies bf16."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and "avx512_bf16" in cpu_facts()
+
+
+def cpu_facts():
+    """What Linux says of the processor; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def cpu_name():
+    named = re.search(r"^model name\s*: (.*)$", cpu_facts(), re.MULTILINE)
+    return f"{named[1] if named else platform.machine()} CPU"
+
+
+def keep_memory():
+    """Has glibc keep freed pages: half of a plain CPU step is the kernel clearing the same large tensors again."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # not glibc: slower, otherwise the same
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    for option, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
+        mallopt(option, value)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """`write(temporary path)`, then rename: a kill at any moment leaves the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def save_checkpoint(path, checkpoint):
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def load_checkpoint(path):
+    """A checkpoint, on the CPU, without pickle's code execution. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found, a checkpoint expected") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def load_model(path, network):
+    """`network` built with the sizes stored in a checkpoint, with its weights, in evaluation mode. Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    try:
+        model = network(**checkpoint["sizes"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this experiment ({str(error).splitlines()[0]})") from None
+    return model.eval()
+
+
+def snapshot(parts):
+    """State of {name: module, optimizer, generator, ...}, as a checkpoint stores it."""
+    return {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
+
+
+def restore(parts, checkpoint, path):
+    """The reverse of `snapshot`, in place; `path` is where the checkpoint came from. Raises UserError if it is another program's."""
+    try:
+        for name, part in parts.items():
+            part.set_state(checkpoint[name]) if isinstance(part, torch.Generator) else part.load_state_dict(checkpoint[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this run ({str(error).splitlines()[0]})") from None
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def describe_run(args, device, bf16):
+    """What made a run, for config.json: the command, every flag, the precision chosen, device, versions, commit."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "precision": "bf16" if bf16 else "fp32",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "git_commit": git.stdout.strip() or None,
+    }
+
+
+def open_folder(save_dir, config, resume, free):
+    """Makes the run's folder with its config.json; `free` flags may differ from those the run was started with.
+
+    Raises UserError if the folder holds another run, or if a resumed one would train something else.
+    """
+    path = save_dir / "config.json"
+    if path.exists():
+        if not resume:
+            raise UserError(f"{save_dir}: holds another run (config.json), an empty folder expected; --resume continues it")
+        try:
+            before = json.loads(path.read_text())["args"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: not readable, the flags of the run in {save_dir} expected") from None
+        for name, value in config["args"].items():
+            if name not in free and before.get(name) != value:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag}: {value} found, {before.get(name)} expected, as the run in {save_dir} was started")
+    save_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+
+
+def catch_stop():
+    """A list that receives the first SIGINT or SIGTERM; a second one ends the program at once."""
+    received = []
+
+    def handler(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
+
+
+class LossLog:
+    """Losses of the latest steps, kept on the device: reading one waits for the GPU, so they are read many at a time."""
+
+    def __init__(self, names, tensorboard):
+        self.names, self.tensorboard, self.pending = names, tensorboard, []
+
+    def add(self, *terms):
+        self.pending.append(torch.stack(terms).detach())
+
+    def flush(self, step):
+        """Writes the pending losses, the last of which is of `step`, and returns that one as {name: float}.
+
+        Raises UserError for a loss that is not finite, with its step and all its terms.
+        """
+        rows = torch.stack(self.pending).tolist()
+        self.pending = []
+        for i, row in enumerate(rows, start=step + 1 - len(rows)):
+            if not all(map(math.isfinite, row)):
+                terms = ", ".join(f"{name} {value}" for name, value in zip(self.names, row))
+                raise UserError(f"step {i}: the loss is not finite ({terms}), a finite one expected; last.pt keeps the last good checkpoint")
+            for name, value in zip(self.names, row):
+                self.tensorboard.add_scalar(f"train/{name}", value, i)
+        return dict(zip(self.names, row))

@@ -1,0 +1,38 @@
+"""Experiment folders share text, not imports: the copies are held equal here."""
+
+import pytest
+
+from conftest import ROOT
+
+EXPERIMENTS = ("omniglot", "mimgnet")
+
+
+def section(folder, start, end):
+    """The text of a folder's model.py from `start` up to `end`."""
+    text = (ROOT / folder / "model.py").read_text()
+    start = text.index(start)
+    return text[start : text.index(end, start)]
+
+
+@pytest.mark.parametrize(
+    "start,end,holds",
+    [
+        ("# --- the mixture", "# --- the networks", ["MIN_VAR", "def e_step", "def fit_prior", "def classify", "def sample_posterior"]),
+        ("class SetAttention", "\nclass ", ["def forward", "self.out(h).relu()"]),
+    ],
+    ids=["mixture", "set attention"],
+)
+def test_the_shared_mathematics_is_the_same_text(start, end, holds):
+    first, second = (section(folder, start, end) for folder in EXPERIMENTS)
+    assert all(words in first for words in holds)
+    assert first == second
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/runtime.py")), ids=lambda path: path.parent.name)
+def test_runtime_is_the_same_file(path):
+    assert path.read_bytes() == (ROOT / "omniglot" / "runtime.py").read_bytes()
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS)
+def test_every_experiment_has_its_own_runtime(folder):
+    assert (ROOT / folder / "runtime.py").is_file()

@@ -1,0 +1,161 @@
+"""Mini-ImageNet's experiment: its loss against the equations, that it learns, and how it draws from the features."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import plain
+from conftest import load
+
+main, model, dataloader = (load("mimgnet", name) for name in ("main", "model", "dataloader"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def clusters(seed, classes, per_class, width=32, noise=1.0, rank=6):
+    """Features like a ReLU encoder's, (classes, per_class, width): classes differ in a few directions, the same in every split."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.randn(rank, width, generator=torch.Generator().manual_seed(99)) / 2
+    centre = torch.randn(classes, 1, rank, generator=g) + 0.2 * torch.randn(classes, per_class, rank, generator=g)
+    return (centre @ directions + 1 + noise * torch.randn(classes, per_class, width, generator=g)).relu()
+
+
+# --- the mathematics ------------------------------------------------------------------------------
+
+
+def plain_posterior(network, x):
+    """The set network from its equations, one set: x (M, width) -> mean, log variance (M, D)."""
+    for block in network[:2]:
+        q, k, v = block.qkv(x).chunk(3, dim=-1)
+        width = x.shape[-1]
+        heads = [slice(i * width // 4, (i + 1) * width // 4) for i in range(4)]
+        attended = [(q[:, h] @ k[:, h].T / width**0.5).softmax(1) @ v[:, h] for h in heads]
+        x = q + torch.cat(attended, 1)
+        x = x + block.out(x).relu()
+    return network[2](x).chunk(2, dim=-1)
+
+
+def plain_loss(network, x, noise, first, iters, fix_pi):
+    """Reconstruction and KL of one set: x (M, width), noise (M, S, D), first (K): the samples EM starts from."""
+    mean, log_var = plain_posterior(network.set_network, x)
+    z = mean.unsqueeze(1) + (0.5 * log_var).exp().unsqueeze(1) * noise
+    samples = z.flatten(0, 1)
+    pi, mu = plain.fit_prior(samples.detach(), samples.detach()[first], iters, fix_pi)
+    kl = plain.log_posterior(z, mean, log_var).mean() - plain.log_likelihood(samples, pi, mu).mean()
+    h = z
+    for layer in network.decoder[::2]:  # every linear map is followed by a ReLU, the last included
+        h = layer(h).clamp_min(0)
+    return (x.unsqueeze(1) - h).square().sum(-1).mean(), kl
+
+
+@pytest.mark.parametrize("iters,fix_pi", [(0, False), (3, False), (10, True)])
+def test_loss_terms_and_gradients(iters, fix_pi):
+    torch.manual_seed(0)
+    B, M, S, K, D = 3, 5, 8, 4, 6
+    network = model.GMVAE(32, hidden_size=24, latent_size=D)
+    x = clusters(0, B, M)
+    terms = model.loss_terms(network, x, S, K, iters, fix_pi, torch.Generator().manual_seed(5))
+    sum(terms).backward()
+
+    g = torch.Generator().manual_seed(5)  # the same draws, in the order the loss makes them
+    noise = torch.randn(B, M, S, D, generator=g).double()
+    first = torch.rand(B, M * S, generator=g).topk(K).indices
+    exact = copy.deepcopy(network).double()
+    exact.zero_grad()
+    sets = [plain_loss(exact, x[b].double(), noise[b], first[b], iters, fix_pi) for b in range(B)]
+    expected = [torch.stack(term).mean() for term in zip(*sets)]
+    sum(expected).backward()
+    for term, value in zip(terms, expected):
+        torch.testing.assert_close(term.double(), value, rtol=1e-5, atol=1e-5)
+    for p, q in zip(network.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_networks_follow_the_method():
+    """Decoder 32 -> 512 -> 512 -> 256 and two attention blocks of width 256 at the defaults; no component count in the state."""
+    network = model.GMVAE(256)
+    shapes = [tuple(layer.weight.shape) for layer in network.decoder if hasattr(layer, "weight")]
+    assert shapes == [(512, 32), (512, 512), (256, 512)]
+    attention, decoder = 4 * (256 * 256 + 256), 32 * 512 + 512 + 512 * 512 + 512 + 512 * 256 + 256
+    assert sum(p.numel() for p in network.parameters()) == 2 * attention + 256 * 64 + 64 + decoder
+    assert network.decode(torch.randn(7, 32)).min() == 0
+    assert network.sizes == {"feature_size": 256, "hidden_size": 512, "latent_size": 32}
+
+
+def test_bf16_stays_close_and_the_mixture_float32():
+    torch.manual_seed(0)
+    network, x = model.GMVAE(32, 24, 6), clusters(0, 3, 5)
+    exact = model.loss_terms(network, x, 8, 4, 10, generator=torch.Generator().manual_seed(0))
+    network.bf16 = True
+    assert all(part.dtype == torch.float32 for part in network.posterior(x))
+    close = model.loss_terms(network, x, 8, 4, 10, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(close[0], exact[0], rtol=0.02, atol=0)
+    torch.testing.assert_close(close[1], exact[1], rtol=0.1, atol=0.1)
+
+
+def test_published_defaults():
+    args = vars(main.parse_args([]))
+    published = dict(
+        batch_size=16, sample_size=5, train_iters=15000, freq_iters=1000, latent_size=32, hidden_size=512, images_per_class=600,
+        train_mc_sample_size=256, test_mc_sample_size=256, way=5, shot=1, query=15, lr=1e-4, weight_decay=5e-2,
+        unsupervised_em_iters=10, semisupervised_em_iters=10, fix_pi=False, eval_episodes=1000, test_shot=[1, 5, 20, 50], test_way=[5],
+        e_step="unit", kl_warmup_iters=0, kl_weight=1.0, lr_schedule="constant", ema_decay=0.0,
+    )  # fmt: skip
+    assert {name: args[name] for name in published} == published
+
+
+def test_it_learns():
+    """From chance to far above it on classes never seen, at ways never trained, in a few hundred cheap steps without labels."""
+    flags = "--lr 1e-3 --train-mc-sample-size 4 --test-mc-sample-size 8 --eval-episodes 100 --kl-warmup-iters 200"
+    args = main.parse_args(flags.split())
+    train, val = (clusters(seed, classes, 40, width=64, noise=1.5) for seed, classes in ((0, 60), (1, 20)))
+    torch.manual_seed(0)
+    network = model.GMVAE(64, 64, 8)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+
+    def accuracy(way, shot):
+        return main.evaluate_split(network, val, [way], [shot], 1, args)[f"{way}way{shot}shot"]["accuracy"]
+
+    assert accuracy(5, 1) < 35
+    network.train()
+    for step in range(1, 301):
+        main.train_step(network, optimizer, dataloader.draw_sets(train.flatten(0, 1), 16, 5, generator), step, args, generator)
+    assert accuracy(5, 1) > 75 and accuracy(5, 5) > 80
+    assert accuracy(20, 1) > 40 and accuracy(2, 1) > 85
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def test_load_split_keeps_classes_together(tmp_path):
+    features = np.arange(6 * 5 * 4, dtype=np.float64).reshape(30, 4)
+    np.save(tmp_path / "val_features.npy", features)
+    images = dataloader.load_split(tmp_path, "val", 5)
+    assert images.shape == (6, 5, 4) and images.dtype == torch.float32
+    assert images.flatten(0, 1).numpy().tolist() == features.tolist()
+
+
+def test_draw_sets_has_no_image_twice():
+    images = torch.arange(40.0).unsqueeze(1)
+    sets = dataloader.draw_sets(images, 4, 10, torch.Generator().manual_seed(0))
+    assert sets.shape == (4, 10, 1) and sets.unique().numel() == 40
+
+
+def test_episodes_are_the_same_every_time_and_of_distinct_images():
+    images = torch.empty(7, 20, 4)
+    episodes = dataloader.draw_episodes(images, 5, 2, 6, 50, seed=3)
+    assert episodes.equal(dataloader.draw_episodes(images, 5, 2, 6, 50, seed=3))
+    assert episodes.shape == (50, 5, 8)
+    classes = episodes // 20
+    assert (classes == classes[..., :1]).all()
+    assert all(row.unique().numel() == 5 for row in classes[..., 0])
+    assert all(row.unique().numel() == 40 for row in episodes.flatten(1))
