@@ -70,7 +70,7 @@ def parse_args(argv=None):
     g.add_argument("--test-mc-sample-size", type=count, default=32, help="Monte-Carlo samples an image in evaluation")
     g.add_argument("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on each episode")
     g.add_argument("--e-step", choices=["unit", "learned"], default="unit", help="variance in the episode's E-step: 1 (published) or learned")
-    g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is (default: --way)")
+    g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way")
     g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5], help="shots to test")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
