@@ -200,8 +200,9 @@ def train(splits, device, bf16, args):
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
+    stop = catch_stop()
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
-    losses, stop = LossLog(("reconstruction", "kl"), tensorboard), catch_stop()
+    losses = LossLog(("reconstruction", "kl"), tensorboard)
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(total=args.train_iters, initial=start, desc=args.save_dir.name, unit="step", mininterval=quiet, dynamic_ncols=True)
@@ -213,7 +214,8 @@ def train(splits, device, bf16, args):
             parts["average"].update_parameters(model)
         bar.update()
         validating = step % args.freq_iters == 0 or step == args.train_iters
-        saving = validating or stop or time.monotonic() - saved > SAVE_SECONDS
+        stopping = bool(stop)  # read once: a signal from here on is for the next step
+        saving = validating or stopping or time.monotonic() - saved > SAVE_SECONDS
         if saving or step % log_every == 0:
             terms = losses.flush(step)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()}, refresh=False)
@@ -232,7 +234,7 @@ def train(splits, device, bf16, args):
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes})
             write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
             saved = time.monotonic()
-        if stop and step < args.train_iters:
+        if stopping and step < args.train_iters:
             bar.close()
             print(f"stopped after step {step}; --resume continues", file=sys.stderr)
             sys.exit(128 + stop[0])
@@ -252,8 +254,9 @@ def load_splits(args):
         found, needed = splits["train"].shape[:2].numel(), args.batch_size * args.sample_size
         if found < needed:
             raise UserError(f"{args.data_dir}/train_features.npy: {found} images found, at least --batch-size x --sample-size = {needed} expected")
-        if args.way > args.sample_size * args.train_mc_sample_size:
-            raise UserError(f"--way: {args.way} found, at most --sample-size x --train-mc-sample-size expected: a component starts at a sample")
+        most = args.sample_size * args.train_mc_sample_size
+        if args.way > most:
+            raise UserError(f"--way: {args.way} found, at most --sample-size x --train-mc-sample-size = {most} expected: a component starts at a sample")
     return splits
 
 

@@ -233,8 +233,9 @@ def train(splits, device, bf16, args):
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
+    stop = catch_stop()
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
-    losses, stop = LossLog(("nt_xent",), tensorboard), catch_stop()
+    losses = LossLog(("nt_xent",), tensorboard)
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(total=total, initial=start, desc=args.save_dir.name, unit="step", mininterval=quiet, dynamic_ncols=True)
@@ -249,7 +250,8 @@ def train(splits, device, bf16, args):
         losses.add(train_step(encoder, projection, optimizer, x, rate, args.temperature))
         bar.update()
         validating = step % (args.freq_epochs * steps) == 0 or step == total
-        saving = step % steps == 0 or stop or time.monotonic() - saved > SAVE_SECONDS
+        stopping = bool(stop)  # read once: a signal from here on is for the next step
+        saving = step % steps == 0 or stopping or time.monotonic() - saved > SAVE_SECONDS
         if saving or step % log_every == 0:
             terms = losses.flush(step)
             bar.set_postfix({"epoch": epoch + 1, **{name: f"{value:.3f}" for name, value in terms.items()}}, refresh=False)
@@ -267,7 +269,7 @@ def train(splits, device, bf16, args):
             save_checkpoint(last, snapshot(parts) | progress)
             write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
             saved = time.monotonic()
-        if stop and step < total:
+        if stopping and step < total:
             bar.close()
             print(f"stopped after step {step}; --resume continues", file=sys.stderr)
             sys.exit(128 + stop[0])

@@ -171,7 +171,7 @@ def test_a_folder_with_another_run_is_refused(whole_run):
         (["--device", "cuda:99"], ["--device", "cuda:99 found"]),
         (["--device", "toaster"], ["--device", "toaster found"]),
         (["--checkpoint", "x.pt"], ["--checkpoint", "--eval-only"]),
-        (["--way", "26"], ["val.npy", "25 classes", "26"]),
+        (["--way", "26", "--test-way", "5"], ["val.npy", "25 classes", "26"]),
         (["--test-way", "5", "40"], ["test.npy", "25 classes", "40"]),
         (["--test-shot", "6"], ["test.npy", "20 drawings", "21"]),
         (["--query", "16"], ["20 drawings", "21"]),

@@ -1,0 +1,277 @@
+"""Time and memory of the programs on this machine, at the published settings and on random inputs.
+
+    python bench.py                   # every measurement, about 4 minutes on two CPU cores
+    python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 10 minutes
+
+Prints a table and writes results/bench/<device>-<precision>.json. A time is the median of several after a warm-up. The
+baseline is eager float32 written from the equations, checked to give the same results before it is timed: in the same
+process, on the same inputs and draws, by turns.
+"""
+
+import os
+
+# Huge pages, as the programs have them. torch reads it once, so the plain version has them too, which favours it.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import ctypes
+import json
+import math
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
+from folders import ROOT, load
+from pairs import PAIRS, difference
+
+runtime = load("omniglot", "runtime")
+SECONDS = 8  # of timing, for each part of a measurement: 3 calls if they take longer, 2 of the plain version
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def glibc():
+    """The C library's allocator; None where it is another library's."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except OSError:
+        return None
+
+
+def use_allocator(version):
+    """`keep_memory` is part of our version only. For the plain one: a stock process, whose thresholds have risen to their highest."""
+    libc = glibc()
+    if version == "ours":
+        runtime.keep_memory()
+    elif libc:
+        trim_threshold, mmap_threshold, mmap_max, arena_max = -1, -3, -4, -8  # malloc.h
+        for option, value in ((mmap_max, 65536), (mmap_threshold, 32 * 2**20), (trim_threshold, 64 * 2**20), (arena_max, 0)):
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
+
+
+def resident(field):
+    """VmRSS or VmHWM (its peak) of this process in bytes, from Linux."""
+    return 1024 * int(re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+def peak_of(call, device):
+    """(result, peak of the memory that a call adds to what was there before, in bytes); None where nothing tells."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return call(), torch.cuda.max_memory_allocated(device) - before
+    libc = glibc()
+    try:
+        if libc:
+            libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = resident("VmRSS")
+    except OSError:
+        return call(), None
+    return call(), resident("VmHWM") - before
+
+
+def seconds(call, device, repeat=1):
+    """Of one of `repeat` calls in a row: a GPU is waited for only at both ends."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    wait(device)
+    return (time.perf_counter() - start) / repeat
+
+
+def first_calls(call, device):
+    """The warm-up: (result, FLOP of its matrix products and convolutions, peak memory or None, seconds)."""
+    observed = []
+    with FlopCounterMode(display=False) as counter:
+        took = seconds(lambda: observed.append(peak_of(call, device)), device)
+    result, memory = observed[0]
+    if took < 10:  # a second one, without what only the first has to load
+        took = seconds(lambda: observed.append(peak_of(call, device)), device)
+        memory = observed[1][1]
+    return result, counter.get_total_flops(), memory, took
+
+
+def measure(pair, device, baseline, repeat):
+    """The pair's row of the JSON file. Raises UserError if the two versions give different results."""
+    versions = {"ours": pair.ours} | ({"plain": pair.plain} if baseline else {})
+    rounds, results, plans, samples = len(versions), {}, {}, {}  # with a baseline two turns each
+    row = {"title": pair.title, "unit": pair.unit, "items": pair.items, "precision": pair.precision}
+    for version, parts in versions.items():
+        use_allocator(version)
+        row[version], memories = {"flop": 0}, []
+        for part, (call, times) in parts.items():
+            results[version], flop, memory, took = first_calls(call, device)
+            count = repeat or int(min(max(SECONDS / took, 3 if version == "ours" else 2), 30))
+            plans[version, part] = call, math.ceil(count / rounds), max(1, int(0.05 / took))
+            row[version]["flop"] += int(times * flop)
+            memories.append(memory)
+        row[version]["memory_bytes"] = None if None in memories else max(memories)
+    if baseline:
+        row["difference"] = difference(results["ours"], results["plain"])
+        if not row["difference"] <= pair.tolerance:
+            raise runtime.UserError(f"{pair.title}: results {row['difference']:.2g} from the plain version's found, at most {pair.tolerance} expected")
+    for _ in range(rounds):
+        for (version, part), (call, count, in_a_row) in plans.items():
+            use_allocator(version)
+            if baseline and version == "ours":
+                call()  # gets back the pages that the plain version's turn gave up
+            samples.setdefault((version, part), []).extend(seconds(call, device, in_a_row) for _ in range(count))
+    for version, parts in versions.items():
+        medians = {part: statistics.median(samples[version, part]) for part in parts}
+        row[version]["seconds"] = sum(times * medians[part] for part, (_, times) in parts.items())
+        row[version]["rate"] = pair.items / row[version]["seconds"]
+        row[version]["parts"] = {part: {"seconds": medians[part], "times": parts[part][1], "samples": len(samples[version, part])} for part in parts}
+    if baseline:
+        row["speedup"] = row["plain"]["seconds"] / row["ours"]["seconds"]
+        if row["ours"]["memory_bytes"] and row["plain"]["memory_bytes"]:
+            row["memory_ratio"] = row["plain"]["memory_bytes"] / row["ours"]["memory_bytes"]
+    return row
+
+
+def matmul_rate(precision, device, size):
+    """FLOP a second of a large square matrix product, the best of several: what the shares are shares of.
+
+    On a GPU fp32 means TF32 tensor cores, as convolutions use them by default.
+    """
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    best = min(seconds(lambda: a @ a, device) for _ in range(8))
+    torch.set_float32_matmul_precision("highest")
+    return 2 * size**3 / best
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+HEADER = ["measurement", "precision", "ours", "peak memory", "TFLOP", "of matmul rate", "plain", "peak memory", "speed-up", "less memory"]
+
+
+def cells(row):
+    """A row of the JSON file as texts under HEADER; what was not measured is empty."""
+    costs = {}
+    for version in ("ours", "plain"):
+        r = row.get(version, {})
+        time_or_rate = "" if not r else f"{1000 * r['seconds']:,.1f} ms" if row["items"] == 1 else f"{r['rate']:,.1f} {row['unit']}/s"
+        costs[version] = [time_or_rate, f"{r['memory_bytes'] / 2**20:,.0f} MiB" if r.get("memory_bytes") is not None else ""]
+    work = [f"{row['ours']['flop'] / 1e12:.3g}", f"{row['ours']['share_of_matmul_rate']:.0%}"]
+    ratios = [f"{row[key]:.1f}x" if key in row else "" for key in ("speedup", "memory_ratio")]
+    return [row["title"], row["precision"], *costs["ours"], *work, *costs["plain"], *ratios]
+
+
+def show(header, rows):
+    """Prints a table in Markdown, aligned."""
+    rows = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    for line in rows:
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
+
+
+def bench(args, device, bf16):
+    """Measures, prints the table; -> the JSON file."""
+    size = 256 if args.tiny else 8192 if device.type == "cuda" else 2048
+    rates = {precision: matmul_rate(precision, device, size) for precision in (["fp32", "bf16"] if bf16 else ["fp32"])}
+    rows = {}
+    for name in args.only or PAIRS:
+        build, *settings = PAIRS[name]
+        print(f"{name} ...", file=sys.stderr)
+        rows[name] = row = measure(build(*settings, args.tiny, device, bf16), device, args.baseline, args.repeat)
+        row["ours"]["share_of_matmul_rate"] = row["ours"]["flop"] / row["ours"]["seconds"] / rates[row["precision"]]
+    show(HEADER, map(cells, rows.values()))
+    print(", ".join(f"{precision} matrix product {rate / 1e12:.3g} TFLOP/s" for precision, rate in rates.items()))
+    return {**machine(args, device), "precision": "bf16" if bf16 else "fp32", "matmul_flop_per_second": rates, "measurements": rows}
+
+
+def machine(args, device):
+    """Where and how it was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else runtime.cpu_name()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
+    facts = {"device": name, "threads": torch.get_num_threads(), "versions": versions, "tiny": args.tiny}
+    return {"command": shlex.join(["python", "bench.py", *sys.argv[1:]]), **facts}
+
+
+def compare_precision(args, device):
+    """The fast recipe in both precisions, as omniglot/main.py trains it: the same seeds, so the same weights, sets, noise and episodes.
+
+    -> its JSON file: {seed: {precision: lines of metrics.jsonl}}, the losses those of a single step.
+    """
+    steps, runs = args.compare_precision, {}
+    recipe = f"--train-mc-sample-size 1 --kl-warmup-iters {math.ceil(steps / 2)} --kl-weight 0.1 --lr-schedule cosine --train-iters {steps} --freq-iters {math.ceil(steps / 10)}"
+    recipe += " --hidden-size 8 --latent-size 6 --batch-size 2 --sample-size 20 --eval-episodes 20 --test-mc-sample-size 4" if args.tiny else ""
+    for seed in range(args.repeat or 2):
+        for precision in ("fp32", "bf16"):
+            with tempfile.TemporaryDirectory() as folder:
+                where = ["--data-dir", str(args.data_dir.resolve()), "--save-dir", folder, "--device", str(device), "--seed", str(seed), "--precision", precision]
+                done = subprocess.run([sys.executable, "main.py", *where, *recipe.split()], cwd=ROOT / "omniglot", stdout=subprocess.DEVNULL)
+                if done.returncode:
+                    sys.exit(done.returncode)  # it has said why
+                lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+            runs.setdefault(f"seed {seed}", {})[precision] = [json.loads(line) for line in lines]
+    columns, table = ("reconstruction", "kl", "5way1shot", "5way5shot"), []
+    for seed, both in runs.items():
+        for line, other in zip(both["fp32"], both["bf16"], strict=True):
+            pairs = [[r[c]["accuracy"] if isinstance(r[c], dict) else r[c] for r in (line, other)] for c in columns]
+            table.append([seed, str(line["step"]), *(f"{a:.2f} / {b:.2f}" for a, b in pairs)])
+    show(["fp32 / bf16", "step", *columns], table)
+    return {**machine(args, device), "recipe": recipe, "runs": runs}
+
+
+def parse_args(argv=None):
+    count = runtime.number(int, 1)
+    p = runtime.Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--only", nargs="+", choices=PAIRS, metavar="NAME", help=f"measure these alone: {', '.join(PAIRS)} (default: all)")
+    p.add_argument("--baseline", action="store_true", help="measure the plain version as well and print the ratios")
+    p.add_argument("--repeat", type=count, help=f"timings of each part (default: about {SECONDS} seconds' worth); seeds of --compare-precision (default: 2)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of our networks in training; auto: bf16 where it is fast")
+    p.add_argument("--out", type=Path, help="folder for the JSON file (default: results/bench, or no file with --only or --tiny)")
+    p.add_argument("--tiny", action="store_true", help="smoke sizes: shows that everything runs and agrees; its times mean nothing")
+    p.add_argument("--compare-precision", type=count, nargs="?", const=500, metavar="STEPS", help="instead: train in fp32 and in bf16, losses and accuracies side by side into precision.json (500 steps unless given)")
+    p.add_argument("--data-dir", type=Path, default=ROOT / "data/omniglot", help="prepared arrays for --compare-precision")
+    args = p.parse_args(argv)
+    if args.out is None and not args.only and not args.tiny:  # part of a table must not replace a whole one
+        args.out = ROOT / "results/bench"
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.backends.cudnn.benchmark = True  # as the programs have it; it favours the plain version
+    try:
+        device = runtime.choose_device(args.device)
+        bf16 = runtime.use_bf16(args.precision, device)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+        report = compare_precision(args, device) if args.compare_precision else bench(args, device, bf16)
+        if args.out:
+            threads = "" if device.type == "cuda" else f" {report['threads']} threads"
+            slug = re.sub(r"[^a-z0-9]+", "-", f"{report['device']}{threads} {report.get('precision')}".lower())
+            path = args.out / ("precision.json" if args.compare_precision else f"{slug}.json")
+            runtime.write_json(path, report)
+            print(path)
+    except (runtime.UserError, OSError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Our programs and the plain version side by side: the same weights, inputs and draws at the published settings.
+
+bench.py times these pairs; test_bench.py runs them in small and compares what they return.
+"""
+
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import plain
+from folders import load
+
+EPISODES = 1000  # of an evaluation
+
+
+class Pair(NamedTuple):
+    """One measurement. Each version is {part: (call, how often a whole needs it)}.
+
+    A call returns a tensor; those of the last parts are the same but for `tolerance`. Evaluation and export are float32
+    in any run, as the programs have them.
+    """
+
+    title: str
+    unit: str
+    items: int  # of that unit in a whole
+    precision: str
+    ours: dict
+    plain: dict
+    tolerance: float  # of `difference`
+
+
+def difference(ours, other):
+    """Mean distance of the two versions' results, relative where they are large; ours may hold more than the plain version computed."""
+    return ((ours[: len(other)].float() - other).abs() / (1 + other.abs())).mean().item()
+
+
+def random_bytes(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def random_features(*shape):
+    """Non-negative, as an encoder that ends in a ReLU makes them."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
+
+
+def networks(folder, args, bf16, device, **sizes):
+    """Our network and the plain one with the same weights."""
+    torch.manual_seed(0)
+    sizes |= {"hidden_size": args.hidden_size, "latent_size": args.latent_size}
+    ours = load(folder, "model").GMVAE(**sizes, bf16=bf16)
+    oracle = (plain.ImageGMVAE if folder == "omniglot" else plain.FeatureGMVAE)(**sizes)
+    oracle.load_state_dict(ours.state_dict())
+    return ours.to(device), oracle.to(device)
+
+
+def gmvae_step(folder, title, flags, images, device, bf16, **sizes):
+    """A training step of omniglot/ or mimgnet/, drawing the sets included; images (N, ...) to draw them from."""
+    main, draw_sets = load(folder, "main"), load(folder, "dataloader").draw_sets
+    args, images = main.parse_args(flags), images.to(device)
+    ours, oracle = networks(folder, args, bf16, device, **sizes)
+    adam = {"lr": args.lr, "weight_decay": args.weight_decay}
+    our_adam, plain_adam = torch.optim.Adam(ours.parameters(), fused=True, **adam), torch.optim.Adam(oracle.parameters(), **adam)
+    our_draws, plain_draws = (torch.Generator(device).manual_seed(0) for _ in range(2))
+
+    def our_step():
+        x = draw_sets(images, args.batch_size, args.sample_size, our_draws)
+        return torch.stack(main.train_step(ours, our_adam, x, 1, args, our_draws)).detach()
+
+    def plain_step():
+        x, S = draw_sets(images, args.batch_size, args.sample_size, plain_draws), args.train_mc_sample_size
+        noise = torch.randn(*x.shape[:2], S, args.latent_size, device=device, generator=plain_draws)
+        first = torch.rand(len(x), args.sample_size * S, device=device, generator=plain_draws).topk(args.way).indices
+        losses = plain.loss_terms(oracle, x, noise, first, args.unsupervised_em_iters)
+        plain_adam.zero_grad()
+        sum(losses).backward()
+        plain_adam.step()
+        return torch.stack(losses).detach()
+
+    title = f"{title} step, {args.batch_size} x {args.sample_size}, S={args.train_mc_sample_size}, K={args.way}"
+    precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", 1e-4)
+    return Pair(title, "step", 1, precision, {"step": (our_step, 1)}, {"step": (plain_step, 1)}, tolerance)
+
+
+def omniglot_step(flags, tiny, device, bf16):
+    flags = flags + (" --hidden-size 8 --latent-size 6 --batch-size 2 --sample-size 12" if tiny else "")
+    return gmvae_step("omniglot", "Omniglot", flags.split(), random_bytes(200 if tiny else 96000, 28, 28, 1), device, bf16)
+
+
+def mimgnet_step(tiny, device, bf16):
+    flags, width = ("--hidden-size 16 --batch-size 3 --train-mc-sample-size 8", 32) if tiny else ("", 256)
+    features = random_features(200 if tiny else 38400, width)
+    return gmvae_step("mimgnet", "Mini-ImageNet", flags.split(), features, device, bf16, feature_size=width)
+
+
+def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
+    """A test of EPISODES episodes, timed on `count`; images (classes, members, ...). Omniglot's encodes every image first, once.
+
+    Scaling up from `count` also repeats the noise that `evaluate` draws once, which does not favour ours. The plain version
+    takes a few whole episodes at once, encoder included, from noise drawn beforehand.
+    """
+    at_once = 32 if device.type == "cuda" else 4  # enough to fill a GPU
+    main, dataloader = load(folder, "main"), load(folder, "dataloader")
+    args, images = main.parse_args(flags), images.to(device)
+    ours, oracle = (network.eval() for network in networks(folder, args, False, device, **sizes))
+    S, iters = args.test_mc_sample_size, args.semisupervised_em_iters
+    episodes = dataloader.draw_episodes(images, way, shot, args.query, count, seed=0)
+    members = shot + args.query
+    draws = torch.Generator().manual_seed(0)  # those of `evaluate`
+    pool = torch.randn(main.NOISE_POOL, S, args.latent_size, generator=draws)
+    picks = torch.randint(main.NOISE_POOL, (count, way * members), generator=draws)[:at_once]
+    noise = pool[picks].unflatten(1, (way, members)).to(device)
+    flat, labels = images.flatten(0, 1), torch.arange(way, device=device).repeat_interleave(args.query)
+    as_float = getattr(dataloader, "as_float", lambda x: x)
+    features = flat if folder == "mimgnet" else main.encode_all(ours, images)
+
+    def our_episodes():
+        return main.evaluate(ours, features, episodes, shot, S, iters)
+
+    @torch.no_grad()
+    def plain_episodes():
+        x = as_float(flat[episodes[:at_once].to(device)])
+        found = plain.predict_episodes(oracle, x, shot, noise, iters).argmax(-1)
+        return 100 * (found == labels).float().mean(-1).cpu()  # of each episode, in percent, as `evaluate` returns it
+
+    encode = {} if folder == "mimgnet" else {"encode": (lambda: main.encode_all(ours, images), 1)}
+    fast = encode | {"episodes": (our_episodes, EPISODES / count)}
+    title = f"{title} prediction, {way}-way {shot}-shot, S={S}"
+    return Pair(title, "episodes", EPISODES, "fp32", fast, {"episodes": (plain_episodes, EPISODES / len(picks))}, 5e-2)
+
+
+def omniglot_eval(way, count, tiny, device, bf16):
+    flags, classes = ("--hidden-size 8 --latent-size 6 --test-mc-sample-size 4", 25) if tiny else ("", 1292)
+    return prediction("omniglot", "Omniglot", way, 1, flags.split(), random_bytes(classes, 20, 28, 28, 1), 12 if tiny else count, device)
+
+
+def mimgnet_eval(shot, count, tiny, device, bf16):
+    flags, width = ("--hidden-size 16 --test-mc-sample-size 4", 32) if tiny else ("", 256)
+    features = random_features(20, 80 if tiny else 600, width)
+    return prediction("mimgnet", "Mini-ImageNet", 5, shot, flags.split(), features, 12 if tiny else count, device, feature_size=width)
+
+
+def encoders(args, bf16, device):
+    torch.manual_seed(0)
+    model = load("simclr", "model")
+    ours, oracle = model.Encoder(args.hidden_size, bf16), plain.Encoder(args.hidden_size)
+    oracle.load_state_dict(ours.state_dict())
+    heads = [model.projection_head(args.hidden_size) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    return ours.to(device), heads[0].to(device), torch.nn.Sequential(oracle, heads[1]).to(device)
+
+
+def simclr_step(tiny, device, bf16):
+    """A step with its views. The plain version makes them one by one through Pillow, in this process, without a loader's workers;
+    decoding the files is left out, which favours it. Its step is compared, and timed, on views of ours."""
+    main, data = load("simclr", "main"), load("simclr", "dataloader")
+    args = main.parse_args("--hidden-size 8 --batch-size 16".split() if tiny else [])
+    images = random_bytes(args.batch_size, data.SIZE, data.SIZE, 3)
+    encoder, projection, oracle = encoders(args, bf16, device)
+    parameters = [*encoder.parameters(), *projection.parameters()]
+    our_adam, plain_adam = torch.optim.Adam(parameters, lr=args.lr, fused=True), torch.optim.Adam(oracle.parameters(), lr=args.lr)
+    on_device, draws = images.to(device), torch.Generator().manual_seed(0)
+    x = data.training_views(on_device, torch.Generator().manual_seed(0)).contiguous()
+    view = transforms.Compose([
+        transforms.RandomResizedCrop(data.SIZE, scale=data.SCALE), transforms.RandomHorizontalFlip(data.P_FLIP),
+        transforms.RandomApply([transforms.ColorJitter(*[data.JITTER] * 3, data.HUE)], data.P_JITTER),
+        transforms.RandomGrayscale(data.P_GREY), transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD),
+    ])  # fmt: skip
+
+    def our_step():
+        views = data.training_views(on_device, draws)
+        return main.train_step(encoder, projection, our_adam, views, args.lr, args.temperature).detach().view(1)
+
+    def plain_views():
+        return torch.stack([view(Image.fromarray(image)) for _ in range(2) for image in images.numpy()]).to(device)
+
+    def plain_step():
+        loss = plain.nt_xent(oracle(x), args.temperature)
+        plain_adam.zero_grad()
+        loss.backward()
+        plain_adam.step()
+        return loss.detach().view(1)
+
+    precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", 1e-4)
+    title = f"SimCLR step, batch {args.batch_size}, with augmentation"
+    return Pair(title, "step", 1, precision, {"step": (our_step, 1)}, {"views": (plain_views, 1), "step": (plain_step, 1)}, tolerance)
+
+
+def simclr_export(tiny, device, bf16):
+    main, data = load("simclr", "main"), load("simclr", "dataloader")
+    args = main.parse_args("--hidden-size 8".split() if tiny else [])
+    images = random_bytes(4, 4 if tiny else 250, data.SIZE, data.SIZE, 3)
+    encoder, _, oracle = encoders(args, False, device)
+    oracle, on_device = oracle[0].eval(), images.to(device)
+    read = transforms.Compose([transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)])
+
+    @torch.no_grad()
+    def plain_export():
+        batches = images.flatten(0, 1).split(100)
+        return torch.cat([oracle(torch.stack([read(Image.fromarray(i.numpy())) for i in batch]).to(device)) for batch in batches])
+
+    def our_export():
+        return main.encode_all(encoder, on_device).flatten(0, 1)
+
+    return Pair("SimCLR feature export", "images", images.shape[:2].numel(), "fp32", {"export": (our_export, 1)}, {"export": (plain_export, 1)}, 1e-5)
+
+
+PAIRS = {
+    "omniglot-5way": (omniglot_step, "--way 5 --sample-size 200"),
+    "omniglot-20way": (omniglot_step, "--way 20 --sample-size 300"),
+    "omniglot-S1": (omniglot_step, "--way 5 --sample-size 200 --train-mc-sample-size 1"),
+    "omniglot-eval-5way": (omniglot_eval, 5, 1000),
+    "omniglot-eval-20way": (omniglot_eval, 20, 250),
+    "mimgnet-step": (mimgnet_step,),
+    "mimgnet-eval-1shot": (mimgnet_eval, 1, 500),
+    "mimgnet-eval-50shot": (mimgnet_eval, 50, 200),
+    "simclr-step": (simclr_step,),
+    "simclr-export": (simclr_export,),
+}

@@ -1,0 +1,149 @@
+"""bench.py: both versions of every measurement compute the same, and its report has what it says. Never a time."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, run
+from pairs import EPISODES, PAIRS, Pair, difference
+
+sys.path.insert(0, str(ROOT))
+import bench
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_stock_allocator():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    bench.use_allocator("plain")
+
+
+def tiny(name, bf16=False):
+    build, *settings = PAIRS[name]
+    return build(*settings, True, CPU, bf16)
+
+
+def results(pair):
+    """Of the last part of each version, which are the ones to compare."""
+    return [list(parts.values())[-1][0]() for parts in (pair.ours, pair.plain)]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_both_versions_compute_the_same(name):
+    pair = tiny(name)
+    ours, other = results(pair)
+    assert len(ours) >= len(other) and other.isfinite().all() and other.abs().sum() > 0
+    assert difference(ours, other) <= 0.1 * pair.tolerance
+    if name.startswith(("omniglot-eval", "mimgnet-eval")):
+        assert ours.unique().numel() > 1
+
+
+@pytest.mark.parametrize("name", ["omniglot-5way", "omniglot-20way", "mimgnet-step"])
+def test_a_step_leaves_both_versions_with_the_same_weights(name):
+    """The losses of the second step, on other sets and draws: both have had the same gradient and the same Adam."""
+    pair = tiny(name)
+    (first, _), (ours, other) = results(pair), results(pair)
+    assert difference(ours, other) < 1e-3 < difference(first, other)
+
+
+@pytest.mark.parametrize("name", ["omniglot-S1", "mimgnet-step", "simclr-step"])
+def test_bf16_is_within_its_tolerance(name):
+    pair = tiny(name, bf16=True)
+    assert pair.precision == "bf16" and 0 < difference(*results(pair)) <= pair.tolerance
+
+
+def product(size):
+    a = torch.ones(size, size)
+    return {"product": (lambda: (a @ a).sum().view(1), 1), "square": (lambda: a.square().view(-1)[:1], 10)}
+
+
+def test_a_measurement():
+    pair = Pair("title", "items", 20, "fp32", product(2048), product(2048), 1e-6)
+    row = bench.measure(pair, CPU, baseline=True, repeat=3)
+    assert row["difference"] == 0
+    for version in ("ours", "plain"):
+        r = row[version]
+        assert r["flop"] == 2 * 2048**3
+        assert r["memory_bytes"] is None or 15 * 2**20 < r["memory_bytes"] < 40 * 2**20  # a result of 16 MiB
+        parts = r["parts"]
+        assert r["seconds"] == pytest.approx(parts["product"]["seconds"] + 10 * parts["square"]["seconds"])
+        assert r["rate"] == pytest.approx(20 / r["seconds"])
+        assert [part["samples"] for part in parts.values()] == [4, 4]  # two turns of two
+    assert row["speedup"] == pytest.approx(row["plain"]["seconds"] / row["ours"]["seconds"])
+
+
+def test_versions_that_differ_are_refused():
+    calls = [{"part": (lambda value=value: torch.tensor([value]), 1)} for value in (1.0, 1.1)]
+    with pytest.raises(bench.runtime.UserError, match="a title: results 0.04"):
+        bench.measure(Pair("a title", "items", 1, "fp32", *calls, 1e-2), CPU, baseline=True, repeat=1)
+
+
+def test_part_of_the_table_does_not_replace_the_whole():
+    assert bench.parse_args([]).out == ROOT / "results/bench"
+    assert bench.parse_args(["--only", "simclr-step"]).out is None and bench.parse_args(["--tiny"]).out is None
+
+
+def test_the_report(tmp_path):
+    """The command as a user runs it, every measurement in small."""
+    flags = ["--tiny", "--baseline", "--repeat", 2, "--device", "cpu", "--precision", "fp32", "--out", tmp_path]
+    result = run(".", *flags, script="bench.py", env={"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.iterdir()
+    report = json.loads(path.read_text())
+    assert path.name.endswith("-1-threads-fp32.json") and report["threads"] == 1 and report["device"] and report["tiny"]
+    assert report["versions"].keys() == {"python", "torch", "torchvision", "numpy"}
+    assert report["matmul_flop_per_second"].keys() == {"fp32"}
+    assert list(report["measurements"]) == list(PAIRS)
+    for name, row in report["measurements"].items():
+        pair = tiny(name)
+        assert row["title"] == pair.title and row["title"] in result.stdout
+        assert row["items"] == pair.items and row["difference"] <= pair.tolerance
+        assert row["ours"]["parts"].keys() == pair.ours.keys() and row["plain"]["parts"].keys() == pair.plain.keys()
+        assert row["ours"]["flop"] > 0 and row["ours"]["share_of_matmul_rate"] > 0 and row["speedup"] > 0
+    assert report["measurements"]["omniglot-eval-5way"]["items"] == EPISODES
+    assert len([line for line in result.stdout.splitlines() if line.startswith("| ")]) == len(PAIRS) + 2
+
+
+def bench_main(monkeypatch, capfd, *flags):
+    """bench.py in this process, which saves importing torch again: (exit status, stdout, stderr), those of its children included."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    status = 0
+    try:
+        bench.main()
+    except SystemExit as end:
+        status = end.code
+    return status, *capfd.readouterr()
+
+
+def test_precisions_side_by_side(glyphs_dir, tmp_path, monkeypatch, capfd):
+    flags = ["--compare-precision", 4, "--tiny", "--repeat", 1, "--device", "cpu", "--data-dir", glyphs_dir, "--out", tmp_path]
+    status, stdout, stderr = bench_main(monkeypatch, capfd, *flags)
+    assert status == 0, stderr
+    runs = json.loads((tmp_path / "precision.json").read_text())["runs"]
+    assert runs.keys() == {"seed 0"} and runs["seed 0"].keys() == {"fp32", "bf16"}
+    assert [line["step"] for line in runs["seed 0"]["bf16"]] == [1, 2, 3, 4]
+    for line, other in zip(runs["seed 0"]["fp32"], runs["seed 0"]["bf16"], strict=True):
+        assert line["reconstruction"] == pytest.approx(other["reconstruction"], rel=0.02) and line["reconstruction"] != other["reconstruction"]
+        assert f"{line['reconstruction']:.2f} / {other['reconstruction']:.2f}" in stdout
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--only", "nonsense"], ["--only", "nonsense"]),
+        (["--tiny", "--device", "nonsense"], ["--device", "nonsense"]),
+        (["--compare-precision", 0], ["--compare-precision", "0 found"]),
+        (["--compare-precision", "--tiny", "--data-dir", "nowhere"], ["nowhere", "not found"]),
+    ],
+)
+def test_mistakes(flags, words, monkeypatch, capfd):
+    status, _, stderr = bench_main(monkeypatch, capfd, *flags)
+    assert status == 2 and len(stderr.splitlines()) == 1, stderr
+    assert all(word in stderr for word in words)
