@@ -92,7 +92,7 @@ def keep_memory():
     except (OSError, AttributeError):
         return  # not glibc: slower, otherwise the same
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-    for option, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
+    for option, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):  # -1: never
         mallopt(option, value)
 
 
