@@ -1,0 +1,129 @@
+"""What each part of the method contributes: one thing changed at a time, by a flag of main.py, everything else equal.
+
+    python results/ablations.py test omniglot-5way-fast     # a trained run of results/, tested otherwise: minutes
+    python results/ablations.py train                       # short trainings on Omniglot: about ten minutes each on two CPU cores
+    python results/ablations.py plot                        # the figures from what the other two have left
+
+`test` writes results/ablations/<run>.json, {flags: test.json}; `train` a folder results/ablations/<name> for each training,
+as any run leaves it, and continues where it was killed. `make table` puts both into results/ablations/README.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent
+OUT = RESULTS / "ablations"
+DATA = {"omniglot": "data/omniglot", "mimgnet": "data/imgnet"}
+
+TEST = [  # the first is the protocol itself, at every number of ways
+    "--test-way 5 10 15 20",
+    "--e-step learned", "--e-step hard",
+    "--semisupervised-em-iters 0", "--semisupervised-em-iters 1", "--semisupervised-em-iters 2",
+    "--semisupervised-em-iters 5", "--semisupervised-em-iters 20",
+    "--test-mc-sample-size 1", "--test-mc-sample-size 4", "--test-mc-sample-size 128",
+    "--no-set-attention",
+]  # fmt: skip
+SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 900 --train-iters 900 --freq-iters 150 --ema-decay 0.98"
+TRAIN = {  # name -> what differs from SHORT; a later flag overrides an earlier one
+    "as-the-others": "",
+    "kl-warmup-none": "--kl-warmup-iters 0",
+    "kl-warmup-300": "--kl-warmup-iters 300",
+    "kl-warmup-1800": "--kl-warmup-iters 1800",
+    "fix-pi": "--fix-pi",
+    "no-set-attention": "--no-set-attention",
+    "mc-samples-4": "--train-mc-sample-size 4",
+}
+
+
+def main_py(experiment, data_dir, *flags):
+    """`python main.py <flags>` in an experiment's folder; leaves with its exit status if it fails."""
+    folder = RESULTS.parent / experiment
+    data_dir = data_dir or RESULTS.parent / DATA[experiment]
+    done = subprocess.run([sys.executable, "main.py", "--data-dir", os.path.relpath(data_dir, folder), *map(str, flags)], cwd=folder)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+
+
+def test(run, data_dir):
+    """Every variant of TEST on the checkpoints of results/<run>, on the same test episodes."""
+    folder, experiment, results = RESULTS / run, run.split("-")[0], {}
+    args = json.loads((folder / "config.json").read_text())["args"]
+    shots = {"1shot_best.pt": [1], "5shot_best.pt": [5]} if experiment == "omniglot" else {"best.pt": [1, 5, 20, 50]}
+    for variant in TEST:
+        cells = results.setdefault(variant, {})
+        for checkpoint, of in shots.items():
+            with tempfile.TemporaryDirectory() as out:
+                flags = ["--eval-only", "--checkpoint", folder / checkpoint, "--save-dir", out, "--way", args["way"], "--test-shot", *of]
+                main_py(experiment, data_dir, *flags, *variant.split())
+                cells |= json.loads(Path(out, "test.json").read_text())
+        print(variant, {name: round(cell["accuracy"], 2) for name, cell in cells.items()})
+    (OUT / f"{run}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def train(names, data_dir):
+    """The trainings of TRAIN that are not finished yet."""
+    for name in names or TRAIN:
+        if not (OUT / name / "test.json").exists():
+            main_py("omniglot", data_dir, "--save-dir", f"../results/ablations/{name}", "--resume", *SHORT.split(), *TRAIN[name].split())
+
+
+def plot():
+    """ways.png: accuracy over the number of ways; kl.png: the KL term and the accuracy while the warm-ups differ."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for path in sorted(OUT.glob("omniglot-*.json")):
+        cells = json.loads(path.read_text())[TEST[0]]
+        for axis, shot in zip(axes, (1, 5)):
+            ways = [5, 10, 15, 20]
+            accuracy, ci95 = ([cells[f"{way}way{shot}shot"][key] for way in ways] for key in ("accuracy", "ci95"))
+            axis.errorbar(ways, accuracy, ci95, marker="o", label=path.stem)
+            axis.set(title=f"Omniglot, {shot}-shot test", xlabel="ways at test", xticks=ways)
+    axes[0].set_ylabel("accuracy, %")
+    axes[0].legend(title="trained model")
+    save(figure, OUT / "ways.png")
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    for name in ("kl-warmup-none", "kl-warmup-300", "as-the-others", "kl-warmup-1800"):
+        lines = [json.loads(line) for line in (OUT / name / "metrics.jsonl").read_text().splitlines()]
+        iters = json.loads((OUT / name / "config.json").read_text())["args"]["kl_warmup_iters"]
+        steps = [line["step"] for line in lines]
+        axes[0].plot(steps, [line["kl"] for line in lines], marker=".", label=f"{iters} steps" if iters else "none")
+        axes[1].plot(steps, [line["5way1shot"]["accuracy"] for line in lines], marker=".")
+    axes[0].set(title="KL term", xlabel="step", ylabel="nats an image", ylim=(0, None))
+    axes[0].legend(title="KL warm-up")
+    axes[1].set(title="validation, 5-way 1-shot", xlabel="step", ylabel="accuracy, %")
+    save(figure, OUT / "kl.png")
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    print(path)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("what", choices=["test", "train", "plot"], help="see above")
+    p.add_argument("names", nargs="*", help="test: folders of results/; train: names of TRAIN (default: all)")
+    p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
+    args = p.parse_args()
+    OUT.mkdir(exist_ok=True)
+    if args.what == "test":
+        for run in args.names:
+            test(run, args.data_dir)
+    elif args.what == "train":
+        train(args.names, args.data_dir)
+    else:
+        plot()
+
+
+if __name__ == "__main__":
+    main()
