@@ -49,6 +49,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--hidden-size", type=count, default=512, help="width of the decoder's hidden layers; the set network is as wide as a feature")
     g.add_argument("--latent-size", type=count, default=32, help="dimensions of the latent space")
+    g.add_argument("--no-set-attention", action="store_true", help="every image alone, in training or in --eval-only: an ablation")
     g = p.add_argument_group("training")
     g.add_argument("--batch-size", type=count, default=16, help="sets a step")
     g.add_argument("--sample-size", type=count, default=5, help="images a set")
@@ -70,7 +71,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-episodes", type=count, default=1000, help="episodes of a validation, and of a test for each shot")
     g.add_argument("--test-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image in evaluation")
     g.add_argument("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on each episode")
-    g.add_argument("--e-step", choices=["unit", "learned"], default="unit", help="variance in the episode's E-step: 1 (published) or learned")
+    g.add_argument("--e-step", choices=["unit", "learned", "hard"], default="unit", help="of an episode: variance 1 (published), learned variance, or k-means")
     g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way")
     g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5, 20, 50], help="shots to test")
     g = p.add_argument_group("machine")
@@ -92,7 +93,7 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def evaluate(model, features, episodes, shot, samples, em_iters, learned_e_step=False):
+def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit"):
     """Accuracy of each episode, in percent: (episodes,).
 
     features (images, width); episodes (count, way, shot + query) from `draw_episodes`.
@@ -110,7 +111,7 @@ def evaluate(model, features, episodes, shot, samples, em_iters, learned_e_step=
         mean, log_var = model.posterior(features[images])  # (B, way * members, D)
         z, _ = sample_posterior(mean, log_var, pool[pick])
         z = z.unflatten(1, (way, members))  # (B, way, members, S, D)
-        probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, learned_e_step)
+        probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, reading)
         accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
     return torch.cat(accuracies).cpu()
 
@@ -126,7 +127,7 @@ def evaluate_split(model, images, ways, shots, seed, args):
     for way in ways:
         for shot in shots:
             episodes = draw_episodes(images, way, shot, args.query, args.eval_episodes, seed)
-            accuracy = evaluate(model, features, episodes, shot, args.test_mc_sample_size, args.semisupervised_em_iters, args.e_step == "learned")
+            accuracy = evaluate(model, features, episodes, shot, args.test_mc_sample_size, args.semisupervised_em_iters, args.e_step)
             ci95 = 1.96 * accuracy.std(correction=0).item() / len(accuracy) ** 0.5
             results[f"{way}way{shot}shot"] = {"accuracy": accuracy.mean().item(), "ci95": ci95, "episodes": len(accuracy)}
     model.bf16 = trained_in
@@ -137,6 +138,7 @@ def test(images, device, args):
     """The test table of --checkpoint, or of the run's own best checkpoint; printed and written to test.json."""
     checkpoint = args.checkpoint or args.save_dir / "best.pt"
     model = load_model(checkpoint, GMVAE).to(device)
+    model.sizes["set_attention"] &= not args.no_set_attention
     results = evaluate_split(model, images, args.test_way, args.test_shot, TEST_SEED, args)
     for name, r in results.items():
         print(f"test  {name:>12}  {r['accuracy']:6.2f} ± {r['ci95']:.2f} %  ({r['episodes']} episodes)")
@@ -182,7 +184,7 @@ def validate(model, images, step, history, args):
 def train(splits, device, bf16, args):
     """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal after a checkpoint if asked to stop."""
     torch.manual_seed(args.seed)
-    model = GMVAE(splits["train"].shape[-1], args.hidden_size, args.latent_size, bf16).to(device)
+    model = GMVAE(splits["train"].shape[-1], args.hidden_size, args.latent_size, not args.no_set_attention, bf16).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed)
     parts = {"model": model, "optimizer": optimizer, "generator": generator}

@@ -49,6 +49,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the set network is 4 times as wide")
     g.add_argument("--latent-size", type=count, default=64, help="dimensions of the latent space")
+    g.add_argument("--no-set-attention", action="store_true", help="every image alone, in training or in --eval-only: an ablation")
     g = p.add_argument_group("training")
     g.add_argument("--batch-size", type=count, default=4, help="sets a step")
     g.add_argument("--sample-size", type=count, default=200, help="images a set (published: 200 for 5-way, 300 for 20-way)")
@@ -69,7 +70,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-episodes", type=count, default=1000, help="episodes of a validation or test, for each shot")
     g.add_argument("--test-mc-sample-size", type=count, default=32, help="Monte-Carlo samples an image in evaluation")
     g.add_argument("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on each episode")
-    g.add_argument("--e-step", choices=["unit", "learned"], default="unit", help="variance in the episode's E-step: 1 (published) or learned")
+    g.add_argument("--e-step", choices=["unit", "learned", "hard"], default="unit", help="of an episode: variance 1 (published), learned variance, or k-means")
     g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way")
     g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5], help="shots to test")
     g = p.add_argument_group("machine")
@@ -100,7 +101,7 @@ def encode_all(model, images):
 
 
 @torch.no_grad()
-def evaluate(model, features, episodes, shot, samples, em_iters, learned_e_step=False):
+def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit"):
     """Accuracy of each episode, in percent: (episodes,).
 
     features (images, width) from `encode_all`; episodes (count, way, shot + query) from `draw_episodes`.
@@ -118,7 +119,7 @@ def evaluate(model, features, episodes, shot, samples, em_iters, learned_e_step=
         mean, log_var = model.posterior(features[images])  # (B, way * members, D)
         z, _ = sample_posterior(mean, log_var, pool[pick])
         z = z.unflatten(1, (way, members))  # (B, way, members, S, D)
-        probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, learned_e_step)
+        probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, reading)
         accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
     return torch.cat(accuracies).cpu()
 
@@ -134,7 +135,7 @@ def evaluate_split(model, images, ways, shots, seed, args):
     for way in ways:
         for shot in shots:
             episodes = draw_episodes(images, way, shot, args.query, args.eval_episodes, seed)
-            accuracy = evaluate(model, features, episodes, shot, args.test_mc_sample_size, args.semisupervised_em_iters, args.e_step == "learned")
+            accuracy = evaluate(model, features, episodes, shot, args.test_mc_sample_size, args.semisupervised_em_iters, args.e_step)
             ci95 = 1.96 * accuracy.std(correction=0).item() / len(accuracy) ** 0.5
             results[f"{way}way{shot}shot"] = {"accuracy": accuracy.mean().item(), "ci95": ci95, "episodes": len(accuracy)}
     model.bf16 = trained_in
@@ -146,7 +147,9 @@ def test(images, device, args):
     results = {}
     for shot in args.test_shot:
         checkpoint = args.checkpoint or args.save_dir / f"{1 if shot == 1 else 5}shot_best.pt"
-        results |= evaluate_split(load_model(checkpoint, GMVAE).to(device), images, args.test_way, [shot], TEST_SEED, args)
+        model = load_model(checkpoint, GMVAE).to(device)
+        model.sizes["set_attention"] &= not args.no_set_attention
+        results |= evaluate_split(model, images, args.test_way, [shot], TEST_SEED, args)
     for name, r in results.items():
         print(f"test  {name:>12}  {r['accuracy']:6.2f} ± {r['ci95']:.2f} %  ({r['episodes']} episodes)")
     write_json(args.save_dir / "test.json", results)
@@ -192,7 +195,7 @@ def validate(model, images, step, history, args):
 def train(splits, device, bf16, args):
     """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal after a checkpoint if asked to stop."""
     torch.manual_seed(args.seed)
-    model = GMVAE(args.hidden_size, args.latent_size, bf16).to(device)
+    model = GMVAE(args.hidden_size, args.latent_size, not args.no_set_attention, bf16).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed)
     parts = {"model": model, "optimizer": optimizer, "generator": generator}

@@ -71,22 +71,25 @@ def log_prior(z, pi, mu):
 
 
 @torch.no_grad()
-def adapt(support, query, iters, learned_e_step=False):
+def adapt(support, query, iters, reading="unit"):
     """Semi-supervised EM: mean and diagonal variance of every class of an episode.
 
     support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples.
-    -> mu, var (B, K, D). pi stays uniform. The E-step uses unit variance (released code) or, with
-    learned_e_step, the variance learned so far (paper, figure 1). Without iterations: support means, variance 1.
+    -> mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit" variance (released code), the variance
+    "learned" so far (paper, figure 1), or "hard": unit variance, each sample wholly in its likeliest class (k-means).
+    Without iterations: support means, variance 1.
     """
     B, K, n, D = support.shape
     pi = support.new_full((B, K), 1 / K)
     first, second = support.sum(2), support.square().sum(2)  # the support's share of every M-step
     mu, var, query2 = first / n, torch.ones_like(first), query.square()
     for step in range(iters):
-        resp = e_step(query, pi, mu, var if learned_e_step else None)
+        resp = e_step(query, pi, mu, var if reading == "learned" else None)
+        if reading == "hard":
+            resp = torch.zeros_like(resp).scatter_(-2, resp.argmax(-2, keepdim=True), 1)
         weight = n + resp.sum(-1, keepdim=True)
         mu = (first + resp @ query) / weight
-        if learned_e_step or step == iters - 1:
+        if reading == "learned" or step == iters - 1:
             var = ((second + resp @ query2) / weight - mu.square()).clamp_min(MIN_VAR)
     return mu, var
 
@@ -103,7 +106,7 @@ def predict(query, mu, var):
 
 
 @torch.no_grad()
-def classify(support, query, iters, learned_e_step=False):
+def classify(support, query, iters, reading="unit"):
     """An episode from samples to class probabilities: `adapt`, then `predict`.
 
     support (B, K, shot, S, D), query (B, Q, S, D) -> (B, Q, K). The samples are first centred on the
@@ -111,7 +114,7 @@ def classify(support, query, iters, learned_e_step=False):
     """
     centre = (support.sum((1, 2, 3)) + query.sum((1, 2))) / (support[0, ..., 0].numel() + query[0, ..., 0].numel())
     support, query = support - centre[:, None, None, None], query - centre[:, None, None]
-    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 2), iters, learned_e_step)
+    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
     return predict(query, mu, var)
 
 
@@ -182,10 +185,10 @@ class GMVAE(nn.Module):
     under autocast; everything the mixture sees is float32.
     """
 
-    def __init__(self, hidden_size=64, latent_size=64, bf16=False):
+    def __init__(self, hidden_size=64, latent_size=64, set_attention=True, bf16=False):
         super().__init__()
         c, width = hidden_size, 4 * hidden_size
-        self.sizes, self.bf16 = {"hidden_size": hidden_size, "latent_size": latent_size}, bf16
+        self.sizes, self.bf16 = {"hidden_size": hidden_size, "latent_size": latent_size, "set_attention": set_attention}, bf16
         self.encoder = nn.Sequential(ConvBlock(1, c), ConvBlock(c, c), ConvBlock(c, c), ConvBlock(c, c), nn.Flatten())
         self.set_network = nn.Sequential(SetAttention(width), SetAttention(width), nn.Linear(width, 2 * latent_size))
         self.decoder = nn.Sequential(
@@ -209,9 +212,13 @@ class GMVAE(nn.Module):
             return self.encoder(x.permute(0, 3, 1, 2))
 
     def posterior(self, h):
-        """q(z_i | x_i, X) of every member of a set: features (B, M, width) -> mean, log variance (B, M, D), float32."""
+        """q(z_i | x_i, X) of every member of a set: features (B, M, width) -> mean, log variance (B, M, D), float32.
+
+        Without set attention q(z_i | x_i): every image is a set of its own.
+        """
+        sets = h if self.sizes["set_attention"] else h.flatten(0, 1).unsqueeze(1)
         with self.autocast(h):
-            return self.set_network(h).float().chunk(2, dim=-1)
+            return self.set_network(sets).float().view(*h.shape[:2], -1).chunk(2, dim=-1)
 
     def decode(self, z):
         """Latents (N, D) -> Bernoulli logits of the pixels (N, 28, 28, 1), float32."""

@@ -51,7 +51,7 @@ def log_likelihood(z, pi, mu):
     return component_log_joint(z, pi, mu, torch.ones_like(mu)).logsumexp(-1)
 
 
-def adapt(support, query, iters, learned_e_step):
+def adapt(support, query, iters, reading):
     """Semi-supervised EM: support (..., K, n, D) with fixed labels, query (..., N, D) -> mu, var (..., K, D)."""
     K, n = support.shape[-3:-1]
     pi = support.new_full(support.shape[:-2], 1 / K)
@@ -59,16 +59,19 @@ def adapt(support, query, iters, learned_e_step):
     labels = torch.eye(K, dtype=support.dtype, device=support.device).repeat_interleave(n, 0).expand(*support.shape[:-3], -1, -1)
     z = torch.cat([support.flatten(-3, -2), query], -2)
     for _ in range(iters):
-        resp = torch.cat([labels, e_step(query, pi, mu, var if learned_e_step else torch.ones_like(var))], -2)
+        guess = e_step(query, pi, mu, var if reading == "learned" else torch.ones_like(var))
+        if reading == "hard":
+            guess = F.one_hot(guess.argmax(-1), K).to(guess)
+        resp = torch.cat([labels, guess], -2)
         _, mu = m_step(z, resp)
         squares = (z.unsqueeze(-2) - mu.unsqueeze(-3)) ** 2  # (..., K n + N, K, D)
         var = (resp.unsqueeze(-1) * squares).sum(-3) / resp.sum(-2).unsqueeze(-1)
     return mu, var
 
 
-def classify(support, query, iters, learned_e_step):
+def classify(support, query, iters, reading):
     """Class probabilities of query images: support (..., K, n, D), query (..., Q, S, D) -> (..., Q, K)."""
-    mu, var = adapt(support, query.flatten(-3, -2), iters, learned_e_step)
+    mu, var = adapt(support, query.flatten(-3, -2), iters, reading)
     pi = mu.new_full(mu.shape[:-1], 1 / mu.shape[-2])
     return e_step(query.flatten(-3, -2), pi, mu, var).unflatten(-2, query.shape[-3:-1]).mean(-2)
 
@@ -165,12 +168,12 @@ def loss_terms(network, x, noise, first, iters, fix_pi=False):
     return network.reconstruction(z, x).mean(), kl.mean()
 
 
-def predict_episodes(network, x, shot, noise, iters, learned_e_step=False):
+def predict_episodes(network, x, shot, noise, iters, reading="unit"):
     """Probabilities of the query images of episodes x (B, way, shot + query, ...), noise (B, way, shot + query, S, D) -> (B, Q, K)."""
     mean, log_var = network.posterior(x.flatten(1, 2))
     z = mean.unsqueeze(2) + (0.5 * log_var).exp().unsqueeze(2) * noise.flatten(1, 2)
     z = z.unflatten(1, x.shape[1:3])  # (B, way, members, S, D)
-    return classify(z[:, :, :shot].flatten(2, 3), z[:, :, shot:].flatten(1, 2), iters, learned_e_step)
+    return classify(z[:, :, :shot].flatten(2, 3), z[:, :, shot:].flatten(1, 2), iters, reading)
 
 
 class Encoder(nn.Module):

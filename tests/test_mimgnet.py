@@ -87,7 +87,7 @@ def test_networks_follow_the_method():
     attention, decoder = 4 * (256 * 256 + 256), 32 * 512 + 512 + 512 * 512 + 512 + 512 * 256 + 256
     assert sum(p.numel() for p in network.parameters()) == 2 * attention + 256 * 64 + 64 + decoder
     assert network.decode(torch.randn(7, 32)).min() == 0
-    assert network.sizes == {"feature_size": 256, "hidden_size": 512, "latent_size": 32}
+    assert network.sizes == {"feature_size": 256, "hidden_size": 512, "latent_size": 32, "set_attention": True}
 
 
 def test_bf16_stays_close_and_the_mixture_float32():

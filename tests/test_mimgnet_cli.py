@@ -86,7 +86,7 @@ def test_outputs(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["args"]["ema_decay"] == 0.99 and config["precision"] == "fp32" and config["versions"]["torch"] == torch.__version__
     best = torch.load(finished / "best.pt", weights_only=True)
-    assert best["sizes"] == {"feature_size": 32, "hidden_size": 16, "latent_size": 4}
+    assert best["sizes"] == {"feature_size": 32, "hidden_size": 16, "latent_size": 4, "set_attention": True}
     scores = [line["5way1shot"]["accuracy"] for line in metrics(finished)]
     assert best["step"] == 100 * (1 + scores.index(max(scores)))
 

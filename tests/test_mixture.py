@@ -61,18 +61,18 @@ def test_log_prior():
         torch.testing.assert_close(value[b], plain.log_likelihood(z[b], pi[b], mu[b]))
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("reading", ["unit", "learned", "hard"])
 @pytest.mark.parametrize("iters", [0, 1, 10])
-def test_adapt_and_classify(iters, learned):
+def test_adapt_and_classify(iters, reading):
     g = torch.Generator().manual_seed(4)
     B, K, shot, Q, S, D = 2, 3, 2, 5, 4, 6
     support = torch.randn(B, K, shot, S, D, generator=g, dtype=torch.float64) + torch.arange(K).view(1, K, 1, 1, 1)
     query = torch.randn(B, Q, S, D, generator=g, dtype=torch.float64) + 1
-    mu, var = model.adapt(support.flatten(2, 3), query.flatten(1, 2), iters, learned)
-    probabilities = model.classify(support, query, iters, learned)
+    mu, var = model.adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
+    probabilities = model.classify(support, query, iters, reading)
     for b in range(B):
-        torch.testing.assert_close((mu[b], var[b]), plain.adapt(support[b].flatten(1, 2), query[b].flatten(0, 1), iters, learned))
-        torch.testing.assert_close(probabilities[b], plain.classify(support[b].flatten(1, 2), query[b], iters, learned))
+        torch.testing.assert_close((mu[b], var[b]), plain.adapt(support[b].flatten(1, 2), query[b].flatten(0, 1), iters, reading))
+        torch.testing.assert_close(probabilities[b], plain.classify(support[b].flatten(1, 2), query[b], iters, reading))
 
 
 def test_float32_stays_close_far_from_the_origin():
@@ -82,7 +82,7 @@ def test_float32_stays_close_far_from_the_origin():
     support = offset + torch.randn(1, 3, 1, 8, 4, generator=g) * 0.1 + 2 * torch.eye(3, 4).view(1, 3, 1, 1, 4)
     query = offset + torch.randn(1, 9, 8, 4, generator=g) * 0.1 + 2 * torch.eye(3, 4).repeat_interleave(3, 0).view(1, 9, 1, 4)
     probabilities = model.classify(support, query, 10)
-    expected = plain.classify(support[0].flatten(1, 2).double(), query[0].double(), 10, False)
+    expected = plain.classify(support[0].flatten(1, 2).double(), query[0].double(), 10, "unit")
     torch.testing.assert_close(probabilities[0].double(), expected, atol=1e-3, rtol=0)
 
 
@@ -110,15 +110,15 @@ def test_likelihood_never_falls(seed, N, D, K, scale):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e4])
-@pytest.mark.parametrize("learned", [False, True])
-def test_degenerate_sets_stay_finite(scale, learned):
+@pytest.mark.parametrize("reading", ["unit", "learned", "hard"])
+def test_degenerate_sets_stay_finite(scale, reading):
     """Identical points, tiny and huge spreads, components that lose every sample."""
     g = torch.Generator().manual_seed(8)
     z = scale * torch.randn(2, 50, 4, generator=g)
     pi, mu = model.fit_prior(z, 5, 20, generator=g)
     assert mu.isfinite().all() and pi.isfinite().all() and model.log_prior(z, pi, mu).isfinite().all()
     support, query = z[:, :12].view(2, 3, 2, 2, 4), z[:, 12:48].view(2, 12, 3, 4)
-    probabilities = model.classify(support, query, 10, learned)
+    probabilities = model.classify(support, query, 10, reading)
     assert probabilities.isfinite().all()
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 12))
 

@@ -65,20 +65,20 @@ def test_loss_terms_and_their_gradients(network, fix_pi, in_float64):
         torch.testing.assert_close(ours.state_dict()[name], buffer)  # batch norm saw the same
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("reading", ["unit", "learned", "hard"])
 @pytest.mark.parametrize("shot", [1, 3])
-def test_predictions_against_the_equations(network, shot, learned):
+def test_predictions_against_the_equations(network, shot, reading):
     """The cache of features and the batched EM of `evaluate` against whole episodes through the plain network."""
     ours, oracle = network.eval(), plain.ImageGMVAE(hidden_size=8, latent_size=6).eval()
     oracle.load_state_dict(ours.state_dict())
     images = torch.rand(6, 8, 28, 28, 1, generator=torch.Generator().manual_seed(1))
     episodes = dataloader.draw_episodes(images, 4, shot, 5, 7, seed=0)
-    accuracy = main.evaluate(ours, main.encode_all(ours, images), episodes, shot, 5, 10, learned)
+    accuracy = main.evaluate(ours, main.encode_all(ours, images), episodes, shot, 5, 10, reading)
     g = torch.Generator().manual_seed(0)  # the draws of evaluate again
     pool = torch.randn(main.NOISE_POOL, 5, 6, generator=g)
     noise = pool[torch.randint(main.NOISE_POOL, (7, 4 * (shot + 5)), generator=g)].unflatten(1, (4, shot + 5))
     with torch.no_grad():
-        probabilities = plain.predict_episodes(oracle, images.flatten(0, 1)[episodes], shot, noise, 10, learned)
+        probabilities = plain.predict_episodes(oracle, images.flatten(0, 1)[episodes], shot, noise, 10, reading)
     right = probabilities.argmax(-1).view(7, 4, 5) == torch.arange(4).view(4, 1)
     torch.testing.assert_close(accuracy, 100 * right.float().mean((1, 2)))
     assert accuracy.unique().numel() > 1
@@ -89,6 +89,15 @@ def test_set_attention_against_its_equation():
     oracle.load_state_dict(ours.state_dict())
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(ours(x), oracle(x))
+
+
+def test_without_set_attention_every_image_is_alone(network):
+    alone = copy.deepcopy(network).eval()
+    alone.sizes = network.sizes | {"set_attention": False}
+    h = torch.randn(2, 5, 32)
+    for found, expected in zip(alone.posterior(h), network.eval().posterior(h.view(10, 1, 32))):
+        torch.testing.assert_close(found, expected.view(2, 5, -1))
+    assert not torch.allclose(alone.posterior(h)[0], network.posterior(h)[0])
 
 
 def test_pooling_before_relu_is_the_same_block():

@@ -117,7 +117,7 @@ def test_eval_only_at_other_ways_and_shots(whole_run, glyphs_dir, tmp_path):
     folder, _, _ = whole_run
     result = run(
         "omniglot", "--data-dir", glyphs_dir, "--eval-only", "--checkpoint", folder / "1shot_best.pt", "--save-dir", tmp_path / "eval",
-        "--test-way", 3, 20, "--test-shot", 1, 2, "--eval-episodes", 3, "--e-step", "learned",
+        "--test-way", 3, 20, "--test-shot", 1, 2, "--eval-episodes", 3, "--e-step", "hard", "--no-set-attention",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "eval/test.json").read_text()).keys() == {"3way1shot", "3way2shot", "20way1shot", "20way2shot"}
