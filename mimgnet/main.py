@@ -109,8 +109,7 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
     accuracies = []
     for images, pick in zip(episodes.flatten(1).to(features.device).split(at_once), picks.split(at_once)):
         mean, log_var = model.posterior(features[images])  # (B, way * members, D)
-        z, _ = sample_posterior(mean, log_var, pool[pick])
-        z = z.unflatten(1, (way, members))  # (B, way, members, S, D)
+        z = sample_posterior(mean, log_var, pool[pick]).unflatten(1, (way, members))  # (B, way, members, S, D)
         probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, reading)
         accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
     return torch.cat(accuracies).cpu()

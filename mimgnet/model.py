@@ -109,23 +109,23 @@ def predict(query, mu, var):
 def classify(support, query, iters, reading="unit"):
     """An episode from samples to class probabilities: `adapt`, then `predict`.
 
-    support (B, K, shot, S, D), query (B, Q, S, D) -> (B, Q, K). The samples are first centred on the
-    episode's mean, which changes no result but keeps E[z^2] - mu^2 far from cancelling in float32.
+    support (B, K, shot, S, D), query (B, Q, S, D) -> (B, Q, K). The samples are first centred on a point
+    among them, which changes no result but keeps E[z^2] - mu^2 far from cancelling in float32.
     """
-    centre = (support.sum((1, 2, 3)) + query.sum((1, 2))) / (support[0, ..., 0].numel() + query[0, ..., 0].numel())
+    centre = support[:, :, 0, 0].mean(1)
     support, query = support - centre[:, None, None, None], query - centre[:, None, None]
     mu, var = adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
     return predict(query, mu, var)
 
 
 def sample_posterior(mean, log_var, noise):
-    """z = m + s * noise and its log q(z|x), which needs the noise only, in nats.
+    """z = m + s * noise: mean, log_var (..., M, D), noise (..., M, S, D) -> (..., M, S, D)."""
+    return ((0.5 * log_var).exp().unsqueeze(-2) * noise).add_(mean.unsqueeze(-2))
 
-    mean, log_var (..., M, D), noise (..., M, S, D) -> z (..., M, S, D), log_q (..., M, S).
-    """
-    log_var = log_var.unsqueeze(-2)
-    z = mean.unsqueeze(-2) + (0.5 * log_var).exp() * noise
-    return z, -0.5 * (noise.square() + log_var + math.log(2 * math.pi)).sum(-1)
+
+def log_posterior(log_var, noise):
+    """log q(z|x) of z = m + s * noise, in nats, which needs the noise only; shapes as in `sample_posterior` -> (..., M, S)."""
+    return -0.5 * (noise.square().sum(-1) + (log_var + math.log(2 * math.pi)).sum(-1, keepdim=True))
 
 
 # --- the networks ---------------------------------------------------------------------------------
@@ -199,9 +199,9 @@ def loss_terms(model, x, samples, components, em_iters, fix_pi=False, generator=
     B, M = x.shape[:2]
     mean, log_var = model.posterior(x)
     noise = torch.randn(B, M, samples, mean.shape[-1], device=x.device, generator=generator)
-    z, log_q = sample_posterior(mean, log_var, noise)
-    z = z.flatten(1, 2)  # (B, M * S, D)
+    z = sample_posterior(mean, log_var, noise).flatten(1, 2)  # (B, M * S, D)
     pi, mu = fit_prior(z.detach(), components, em_iters, fix_pi, generator)
-    kl = log_q.mean() - log_prior(z, pi, mu).mean()
+    kl = log_posterior(log_var, noise).mean() - log_prior(z, pi, mu).mean()
     y = model.decode(z.flatten(0, 1)).view(B, M, samples, -1)
-    return (y - x.unsqueeze(2)).square().sum() / (B * M * samples), kl
+    squared_error = F.mse_loss(y, x.unsqueeze(2).expand_as(y), reduction="sum")
+    return squared_error / (B * M * samples), kl

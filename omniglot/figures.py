@@ -47,7 +47,7 @@ def fit_episode(model, images, args):
     generator = torch.Generator().manual_seed(args.episode)
     mean, log_var = model.posterior(model.encode(x.flatten(0, 1)).unsqueeze(0))
     noise = torch.randn(*mean.shape[:2], args.samples, mean.shape[-1], generator=generator)
-    z = sample_posterior(mean, log_var, noise)[0].unflatten(1, x.shape[:2])  # (1, way, members, S, D)
+    z = sample_posterior(mean, log_var, noise).unflatten(1, x.shape[:2])  # (1, way, members, S, D)
     support, query = z[:, :, : args.shot], z[:, :, args.shot :]
     before = support.flatten(2, 3).mean(2)[0]
     mu, var = adapt(support.flatten(2, 3), query.flatten(1, 3), iters=10)

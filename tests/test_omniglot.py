@@ -147,7 +147,7 @@ def episode_predictions(network, h, way, shot, noise):
     """Predicted probabilities of an episode from features h (way, shot + query, width) and fixed noise."""
     members = h.shape[1]
     mean, log_var = network.posterior(h.flatten(0, 1).unsqueeze(0))
-    z, _ = model.sample_posterior(mean, log_var, noise.flatten(0, 1).unsqueeze(0))
+    z = model.sample_posterior(mean, log_var, noise.flatten(0, 1).unsqueeze(0))
     z = z.unflatten(1, (way, members))
     return model.classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), 10)[0].unflatten(0, (way, members - shot))
 
