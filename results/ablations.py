@@ -1,11 +1,12 @@
 """What each part of the method contributes: one thing changed at a time, by a flag of main.py, everything else equal.
 
-    python results/ablations.py test omniglot-5way-fast     # a trained run of results/, tested otherwise: minutes
-    python results/ablations.py train                       # short trainings on Omniglot: about ten minutes each on two CPU cores
-    python results/ablations.py plot                        # the figures from what the other two have left
+    python results/ablations.py ways omniglot-5way-fast     # a trained run of results/ at other numbers of ways: a minute
+    python results/ablations.py test omniglot-5way-fast     # and with one thing changed in the test: minutes
+    python results/ablations.py train                       # short trainings on Omniglot: minutes each on two CPU cores
+    python results/ablations.py plot                        # the figures from what the others have left
 
-`test` writes results/ablations/<run>.json, {flags: test.json}; `train` a folder results/ablations/<name> for each training,
-as any run leaves it, and continues where it was killed. `make table` puts both into results/ablations/README.md.
+`ways` and `test` add to results/ablations/<run>.json, {flags: test.json}; `train` makes a folder results/ablations/<name> for each
+training, as any run leaves it, and continues where it was killed. `make table` puts all into results/ablations/README.md.
 """
 
 import argparse
@@ -20,22 +21,22 @@ RESULTS = Path(__file__).resolve().parent
 OUT = RESULTS / "ablations"
 DATA = {"omniglot": "data/omniglot", "mimgnet": "data/imgnet"}
 
-TEST = [  # the first is the protocol itself, at every number of ways
-    "--test-way 5 10 15 20",
+WAYS = "--test-way 5 10 15 20"
+TEST = [
+    "",  # the protocol itself
     "--e-step learned", "--e-step hard",
     "--semisupervised-em-iters 0", "--semisupervised-em-iters 1", "--semisupervised-em-iters 2",
     "--semisupervised-em-iters 5", "--semisupervised-em-iters 20",
     "--test-mc-sample-size 1", "--test-mc-sample-size 4", "--test-mc-sample-size 128",
     "--no-set-attention",
 ]  # fmt: skip
-SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 900 --train-iters 900 --freq-iters 150 --ema-decay 0.98"
+SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 600 --train-iters 600 --freq-iters 150 --ema-decay 0.98"
 TRAIN = {  # name -> what differs from SHORT; a later flag overrides an earlier one
     "as-the-others": "",
     "kl-warmup-none": "--kl-warmup-iters 0",
-    "kl-warmup-300": "--kl-warmup-iters 300",
-    "kl-warmup-1800": "--kl-warmup-iters 1800",
-    "fix-pi": "--fix-pi",
+    "kl-warmup-200": "--kl-warmup-iters 200",
     "no-set-attention": "--no-set-attention",
+    "fix-pi": "--fix-pi",
     "mc-samples-4": "--train-mc-sample-size 4",
 }
 
@@ -49,20 +50,20 @@ def main_py(experiment, data_dir, *flags):
         sys.exit(done.returncode)  # it has said why
 
 
-def test(run, data_dir):
-    """Every variant of TEST on the checkpoints of results/<run>, on the same test episodes."""
-    folder, experiment, results = RESULTS / run, run.split("-")[0], {}
+def test(run, variants, data_dir):
+    """The checkpoints of results/<run> with every one of some flags, on the same test episodes."""
+    folder, experiment, path = RESULTS / run, run.split("-")[0], OUT / f"{run}.json"
     args = json.loads((folder / "config.json").read_text())["args"]
-    shots = {"1shot_best.pt": [1], "5shot_best.pt": [5]} if experiment == "omniglot" else {"best.pt": [1, 5, 20, 50]}
-    for variant in TEST:
-        cells = results.setdefault(variant, {})
+    shots = {"1shot_best.pt": [1], "5shot_best.pt": [5]} if experiment == "omniglot" else {"best.pt": [1, 5]}
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for variant in variants:
+        cells = results[variant] = {}
         for checkpoint, of in shots.items():
             with tempfile.TemporaryDirectory() as out:
                 flags = ["--eval-only", "--checkpoint", folder / checkpoint, "--save-dir", out, "--way", args["way"], "--test-shot", *of]
                 main_py(experiment, data_dir, *flags, *variant.split())
                 cells |= json.loads(Path(out, "test.json").read_text())
-        print(variant, {name: round(cell["accuracy"], 2) for name, cell in cells.items()})
-    (OUT / f"{run}.json").write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def train(names, data_dir):
@@ -81,7 +82,7 @@ def plot():
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for path in sorted(OUT.glob("omniglot-*.json")):
-        cells = json.loads(path.read_text())[TEST[0]]
+        cells = json.loads(path.read_text())[WAYS]
         for axis, shot in zip(axes, (1, 5)):
             ways = [5, 10, 15, 20]
             accuracy, ci95 = ([cells[f"{way}way{shot}shot"][key] for way in ways] for key in ("accuracy", "ci95"))
@@ -92,7 +93,7 @@ def plot():
     save(figure, OUT / "ways.png")
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    for name in ("kl-warmup-none", "kl-warmup-300", "as-the-others", "kl-warmup-1800"):
+    for name in ("kl-warmup-none", "kl-warmup-200", "as-the-others"):
         lines = [json.loads(line) for line in (OUT / name / "metrics.jsonl").read_text().splitlines()]
         iters = json.loads((OUT / name / "config.json").read_text())["args"]["kl_warmup_iters"]
         steps = [line["step"] for line in lines]
@@ -111,14 +112,14 @@ def save(figure, path):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=["test", "train", "plot"], help="see above")
-    p.add_argument("names", nargs="*", help="test: folders of results/; train: names of TRAIN (default: all)")
+    p.add_argument("what", choices=["ways", "test", "train", "plot"], help="see above")
+    p.add_argument("names", nargs="*", help="ways, test: folders of results/; train: names of TRAIN (default: all)")
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()
     OUT.mkdir(exist_ok=True)
-    if args.what == "test":
+    if args.what in ("ways", "test"):
         for run in args.names:
-            test(run, args.data_dir)
+            test(run, TEST if args.what == "test" else [WAYS], args.data_dir)
     elif args.what == "train":
         train(args.names, args.data_dir)
     else:

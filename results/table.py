@@ -1,9 +1,10 @@
 """The tables of results in Markdown, from the files in results/; no number in them is typed by hand.
 
-    python results/table.py            # rewrites the tables in README.md, results/README.md and results/recipe/README.md
+    python results/table.py            # rewrites the tables in README.md and in the README.md of results/, recipe/ and ablations/
     python results/table.py --check    # exit status 1 if they disagree with results/
 
-A run is a folder <experiment>-<name> or, for several seeds of one run, <experiment>-<name>-seed<N>.
+A run is a folder <experiment>-<name> or, for several seeds of one run, <experiment>-<name>-seed<N>; results/simclr is the
+run that learned the features of every mimgnet run.
 """
 
 import json
@@ -11,6 +12,8 @@ import re
 import statistics
 import sys
 from pathlib import Path
+
+from ablations import SHORT, TEST, TRAIN, WAYS
 
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- results: made by `make table` -->", "<!-- end of results -->"
@@ -24,6 +27,7 @@ PUBLISHED = {
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
 RECIPE = {"kl_warmup_iters": 0, "kl_weight": 1.0, "ema_decay": 0.0, "lr_schedule": "constant", "e_step": "unit"}  # the published one
 STEPS = {"omniglot": (60000, 32), "mimgnet": (15000, 256)}  # its training steps and Monte-Carlo samples
+EPOCHS = 400  # of SimCLR
 
 
 def read_runs():
@@ -38,10 +42,16 @@ def read_runs():
     return runs
 
 
-def is_published(experiment, args):
+def recipe(experiment, args):
+    """The published recipe, with what was run shorter, or the fast one."""
     steps, samples = STEPS[experiment]
-    length = (args["train_iters"], args["train_mc_sample_size"]) == (steps, samples)
-    return length and all(args[name] == value for name, value in RECIPE.items())
+    if args["train_mc_sample_size"] != samples or any(args[name] != value for name, value in RECIPE.items()):
+        return "fast"
+    parts = [(args["train_iters"], steps, "steps")]
+    if experiment == "mimgnet":
+        parts.append((json.loads((RESULTS / "simclr/config.json").read_text())["args"]["train_epochs"], EPOCHS, "SimCLR epochs"))
+    short = [f"{found:,} of {whole:,} {unit}" for found, whole, unit in parts if found != whole]
+    return ", ".join(["published", *short])
 
 
 def score(seeds, cell):
@@ -64,15 +74,68 @@ def table():
     runs, lines = read_runs(), []
     lines += ["| accuracy, % | published | ours | difference | recipe | run |", "|---|---|---|---|---|---|"]
     for (experiment, way, cell), published in PUBLISHED.items():
-        title = f"{NAMES[experiment]} {cell.replace('way', '-way ').replace('shot', '-shot')}"
+        title = f"{NAMES[experiment]} {readable(cell)}"
         found = {name: s for name, s in runs.items() if name.startswith(f"{experiment}-") and s[0]["args"]["way"] == way and all(cell in run["test"] for run in s)}
         if not found:
             lines.append(f"| {title} | {published:.2f} | not run | | | |")
         for name, seeds in found.items():
             mean, text = score(seeds, cell)
-            recipe = "published" if is_published(experiment, seeds[0]["args"]) else "fast"
-            lines.append(f"| {title} | {published:.2f} | {text} | {mean - published:+.2f} | {recipe} | {describe(name, seeds)} |")
+            cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", recipe(experiment, seeds[0]["args"]), describe(name, seeds)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def readable(cell):
+    """'5way1shot' -> '5-way 1-shot'."""
+    return cell.replace("way", "-way ").replace("shot", "-shot")
+
+
+def interval(cell):
+    return f"{cell['accuracy']:.2f} ± {cell['ci95']:.2f}"
+
+
+def tested():
+    """{run: {flags: its test.json}} of results/ablations.py, ways and test."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "ablations").glob("*-*.json"))}
+
+
+def ways_table():
+    """Every trained Omniglot model at every number of ways."""
+    lines = ["| trained model | shots at test | 5 ways | 10 ways | 15 ways | 20 ways |", "|---|---|---|---|---|---|"]
+    for run, variants in tested().items():
+        if WAYS in variants:
+            for shot in (1, 5):
+                lines.append(f"| `{run}` | {shot} | " + " | ".join(interval(variants[WAYS][f"{way}way{shot}shot"]) for way in (5, 10, 15, 20)) + " |")
+    return "\n".join(lines)
+
+
+def test_ablations():
+    """One table for each run: what `results/ablations.py test` has found."""
+    parts = []
+    for run, variants in tested().items():
+        if TEST[0] not in variants:
+            continue
+        names = list(variants[TEST[0]])
+        lines = [f"`{run}`, test accuracy in %:\n", f"| flags | {' | '.join(map(readable, names))} |", "|---" * (len(names) + 1) + "|"]
+        for flags in TEST:
+            lines.append(f"| {f'`{flags}`' if flags else 'none'} | {' | '.join(interval(variants[flags][name]) for name in names)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def train_ablations():
+    """Short trainings with one thing changed: what `results/ablations.py train` has left."""
+    lines = ["| changed | test 5-way 1-shot | test 5-way 5-shot | reconstruction | KL | minutes |", "|---|---|---|---|---|---|"]
+    for name, flags in TRAIN.items():
+        folder, changed = RESULTS / "ablations" / name, f"`{flags}`" if flags else "nothing"
+        if not (folder / "test.json").exists():
+            lines.append(f"| {changed} | not run | | | | |")
+            continue
+        cells = json.loads((folder / "test.json").read_text())
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        scores = " | ".join(interval(cells[cell]) for cell in ("5way1shot", "5way5shot"))
+        lines.append(f"| {changed} | {scores} | {last['reconstruction']:.0f} | {last['kl']:.1f} | {last['seconds'] / 60:.0f} |")
+    return f"Every training: `{SHORT}`, and\n\n" + "\n".join(lines)
 
 
 def recipe_table():
@@ -91,8 +154,13 @@ def filled(text, content):
 
 
 def main():
-    stale, content = [], table()
-    tables = {RESULTS.parent / "README.md": content, RESULTS / "README.md": content.replace("](results/", "]("), RESULTS / "recipe/README.md": recipe_table()}
+    stale, content = [], f"{table()}\n\n{ways_table()}"
+    tables = {
+        RESULTS.parent / "README.md": content,
+        RESULTS / "README.md": content.replace("](results/", "]("),
+        RESULTS / "recipe/README.md": recipe_table(),
+        RESULTS / "ablations/README.md": f"{test_ablations()}\n\n{train_ablations()}",
+    }
     for path, fixed in tables.items():
         text = path.read_text()
         if filled(text, fixed) != text:
