@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dataloader import check_episodes, check_width, draw_episodes, draw_sets, load_split
 from model import GMVAE, classify, loss_terms, sample_posterior
 from runtime import (
-    HERE, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
+    HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
     number, open_folder, restore, save_checkpoint, snapshot, use_bf16, write_json, write_text,
 )  # fmt: skip
 
@@ -203,7 +203,7 @@ def train(splits, device, bf16, args):
 
     stop = catch_stop()
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
-    losses = LossLog(("reconstruction", "kl"), tensorboard)
+    heap, losses = Heap(), LossLog(("reconstruction", "kl"), tensorboard)
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(total=args.train_iters, initial=start, desc=args.save_dir.name, unit="step", mininterval=quiet, dynamic_ncols=True)
@@ -213,6 +213,7 @@ def train(splits, device, bf16, args):
         losses.add(*train_step(model, optimizer, x, step, args, generator))
         if args.ema_decay:
             parts["average"].update_parameters(model)
+        heap.tidy()
         bar.update()
         validating = step % args.freq_iters == 0 or step == args.train_iters
         stopping = bool(stop)  # read once: a signal from here on is for the next step

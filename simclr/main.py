@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dataloader import check_episodes, contact_sheet, draw_episodes, epoch_order, load_split, plain_views, training_views
 from model import Encoder, nt_xent, projection_head
 from runtime import (
-    HERE, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
+    HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
     number, open_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_text,
 )  # fmt: skip
 
@@ -235,7 +235,7 @@ def train(splits, device, bf16, args):
 
     stop = catch_stop()
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
-    losses = LossLog(("nt_xent",), tensorboard)
+    heap, losses = Heap(), LossLog(("nt_xent",), tensorboard)
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(total=total, initial=start, desc=args.save_dir.name, unit="step", mininterval=quiet, dynamic_ncols=True)
@@ -248,6 +248,7 @@ def train(splits, device, bf16, args):
         x = training_views(images[order[position * args.batch_size : (position + 1) * args.batch_size]], generator)
         rate = learning_rate((step - 1) / steps, args)
         losses.add(train_step(encoder, projection, optimizer, x, rate, args.temperature))
+        heap.tidy()
         bar.update()
         validating = step % (args.freq_epochs * steps) == 0 or step == total
         stopping = bool(stop)  # read once: a signal from here on is for the next step
