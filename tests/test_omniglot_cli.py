@@ -132,6 +132,26 @@ def test_same_seed_same_run_and_another_seed_another(glyphs_dir, tmp_path):
     assert states[0].equal(states[1]) and not states[0].equal(states[2])
 
 
+def test_without_set_attention(glyphs_dir, tmp_path):
+    """The checkpoint remembers it: a test needs no flag."""
+    flags = ["--data-dir", glyphs_dir, *TINY, "--train-iters", 2, "--test-shot", 1]
+    assert run("omniglot", "--save-dir", tmp_path / "run", *flags, "--no-set-attention").returncode == 0
+    assert torch.load(tmp_path / "run/1shot_best.pt", weights_only=True)["sizes"]["set_attention"] is False
+    assert run("omniglot", "--eval-only", "--checkpoint", tmp_path / "run/1shot_best.pt", "--save-dir", tmp_path / "eval", *flags).returncode == 0
+    assert json.loads((tmp_path / "eval/test.json").read_text()) == json.loads((tmp_path / "run/test.json").read_text())
+
+
+def test_the_demo_learns(tmp_path):
+    """The demo of the Makefile in a quarter of its time, on its data: far above the 20 % of chance (70 and 79 % when written)."""
+    assert run("data/glyphs", "--out", tmp_path / "glyphs", script="prepare.py").returncode == 0
+    flags = "--device cpu --sample-size 50 --train-mc-sample-size 1 --train-iters 250 --freq-iters 250 --kl-warmup-iters 125"
+    flags += " --kl-weight 0.1 --lr-schedule cosine --ema-decay 0.95 --eval-episodes 100"
+    result = run("omniglot", "--data-dir", tmp_path / "glyphs", "--save-dir", tmp_path / "demo", *flags.split())
+    assert result.returncode == 0, result.stderr
+    cells = json.loads((tmp_path / "demo/test.json").read_text())
+    assert cells["5way1shot"]["accuracy"] > 55 and cells["5way5shot"]["accuracy"] > 65
+
+
 def test_a_copy_of_the_folder_runs_alone(glyphs_dir, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()

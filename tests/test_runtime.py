@@ -1,0 +1,36 @@
+"""runtime.py: what the programs themselves do not show."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+HEAP = """
+import torch
+from pathlib import Path
+from runtime import Heap, keep_memory
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) // 256  # MiB
+
+keep_memory()
+heap, small = Heap(), torch.ones(50 * 2**18)  # 50 MiB
+heap.tidy()
+first = held()
+large = torch.ones(first * 2**18)  # as much again: twice what it held
+del large
+kept = held()
+heap.tidy()
+print(first, kept, held())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed pages")
+def test_freed_pages_are_kept_up_to_a_bound():
+    done = subprocess.run([sys.executable, "-c", HEAP], cwd=ROOT / "omniglot", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, kept, left = map(int, done.stdout.split())
+    assert kept > 1.9 * first and left < 1.2 * first
