@@ -1,6 +1,6 @@
 """The tables of results in Markdown, from the files in results/; no number in them is typed by hand.
 
-    python results/table.py            # rewrites the tables in README.md and in the README.md of results/, recipe/ and ablations/
+    python results/table.py            # rewrites the tables in README.md and in the README.md of results/ and its folders
     python results/table.py --check    # exit status 1 if they disagree with results/
 
 A run is a folder <experiment>-<name> or, for several seeds of one run, <experiment>-<name>-seed<N>; results/simclr is the
@@ -16,7 +16,7 @@ from pathlib import Path
 from ablations import SHORT, TEST, TRAIN, WAYS
 
 RESULTS = Path(__file__).resolve().parent
-START, END = "<!-- results: made by `make table` -->", "<!-- end of results -->"
+START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
 # Accuracies in % of the paper's table (ICLR 2021): experiment, training way, cell -> published.
 PUBLISHED = {
     ("omniglot", 5, "5way1shot"): 94.92, ("omniglot", 5, "5way5shot"): 97.09,
@@ -82,6 +82,11 @@ def table():
             mean, text = score(seeds, cell)
             cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", recipe(experiment, seeds[0]["args"]), describe(name, seeds)]
             lines.append(f"| {' | '.join(cells)} |")
+        probe = RESULTS / "simclr/test.json"
+        if experiment == "mimgnet" and probe.exists():
+            found = json.loads(probe.read_text())[cell]
+            difference = f"{found['accuracy'] - published:+.2f}"
+            lines.append(f"| {title} | {published:.2f} | {interval(found)} | {difference} | baseline: logistic regression on the features | [`simclr`](results/simclr) |")
     return "\n".join(lines)
 
 
@@ -148,25 +153,86 @@ def recipe_table():
     return "\n".join(lines)
 
 
-def filled(text, content):
-    before, rest = text.split(START)
-    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
+def speed_table(path, before=None):
+    """A file of bench.py as a table; `before`, an older file of the same machine, adds what the programs took then."""
+    bench, old = (json.loads(p.read_text()) if p else None for p in (path, before))
+    versions = bench["versions"]
+    lines = [f"{bench['device']}, {bench['threads']} threads, torch {versions['torch']}, networks in {bench['precision']}: `{bench['command']}`\n"]
+    header = ["", "here", "plain float32", "speed-up", "peak memory", "plain's", *(["here, before", "speed-up, before"] if before else [])]
+    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name, row in bench["measurements"].items():
+        cells = [row["title"], pace(row, "ours"), pace(row, "plain"), ratio(row), memory(row, "ours"), memory(row, "plain")]
+        if before:
+            cells += [pace(old["measurements"][name], "ours"), ratio(old["measurements"][name])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pace(row, version):
+    """Seconds of a step, or items a second."""
+    if version not in row:
+        return ""
+    return f"{row[version]['seconds']:.2f} s" if row["items"] == 1 else f"{row[version]['rate']:,.0f} {row['unit']}/s"
+
+
+def ratio(row):
+    return f"{row['speedup']:.1f} ×" if "speedup" in row else ""
+
+
+def memory(row, version):
+    found = row.get(version, {}).get("memory_bytes")
+    return f"{found / 2**30:.1f} GiB" if found else ""
+
+
+def precision_table():
+    """results/bench/precision.json: the same seeds in float32 and in bfloat16."""
+    lines = ["| seed | step | reconstruction, fp32 / bf16 | KL | 5-way 1-shot | 5-way 5-shot |", "|---|---|---|---|---|---|"]
+    for seed, both in json.loads((RESULTS / "bench/precision.json").read_text())["runs"].items():
+        for line, other in zip(both["fp32"], both["bf16"], strict=True):
+            cells = [f"{line[term]:.1f} / {other[term]:.1f}" for term in ("reconstruction", "kl")]
+            cells += [f"{line[cell]['accuracy']:.1f} / {other[cell]['accuracy']:.1f}" for cell in ("5way1shot", "5way5shot")]
+            lines.append(f"| {seed.removeprefix('seed ')} | {line['step']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed_tables():
+    """Every file of bench.py, and the precisions side by side where they were compared."""
+    files = [path for path in sorted((RESULTS / "bench").glob("*.json")) if path.stem != "precision" and not path.stem.endswith("-before")]
+    parts = []
+    for path in files:
+        before = path.with_name(f"{path.stem}-before.json")
+        parts.append(speed_table(path, before if before.exists() else None))
+    if (RESULTS / "bench/precision.json").exists():
+        parts.append(precision_table())
+    return "\n\n".join(parts)
+
+
+def filled(text, tables):
+    """A README with its tables, {name: content}, between their marks."""
+    for name, content in tables.items():
+        start, end = START.format(name), END.format(name)
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main():
-    stale, content = [], f"{table()}\n\n{ways_table()}"
-    tables = {
-        RESULTS.parent / "README.md": content,
-        RESULTS / "README.md": content.replace("](results/", "]("),
-        RESULTS / "recipe/README.md": recipe_table(),
-        RESULTS / "ablations/README.md": f"{test_ablations()}\n\n{train_ablations()}",
+    stale, results = [], f"{table()}\n\n{ways_table()}"
+    bench = sorted((RESULTS / "bench").glob("*-threads-bf16.json"))
+    readmes = {
+        "README.md": {"results": results, "speed": "\n\n".join(map(speed_table, bench))},
+        "results/README.md": {"results": results.replace("](results/", "](")},
+        "results/recipe/README.md": {"results": recipe_table()},
+        "results/ablations/README.md": {"results": f"{test_ablations()}\n\n{train_ablations()}"},
+        "results/bench/README.md": {"results": speed_tables()},
     }
-    for path, fixed in tables.items():
+    for name, tables in readmes.items():
+        path = RESULTS.parent / name
         text = path.read_text()
-        if filled(text, fixed) != text:
-            stale.append(str(path.relative_to(RESULTS.parent)))
+        if filled(text, tables) != text:
+            stale.append(name)
             if "--check" not in sys.argv:
-                path.write_text(filled(text, fixed))
+                path.write_text(filled(text, tables))
     if "--check" in sys.argv and stale:
         sys.exit(f"{', '.join(stale)}: the result table disagrees with results/; run `make table`")
 
