@@ -1,13 +1,15 @@
-"""What is committed under results/: the tables agree with it, and its checkpoints score what it says."""
+"""What is committed under results/: the tables agree with it, its commands are ones, its checkpoints score what it says."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from conftest import ROOT, needs_shared_data, run
+from conftest import ROOT, load, needs_shared_data, run
 
 RUNS = sorted(path.parent for path in (ROOT / "results").glob("*-*/test.json"))
 OMNIGLOT = [path for path in RUNS if path.name.startswith("omniglot-")]
@@ -16,6 +18,32 @@ OMNIGLOT = [path for path in RUNS if path.name.startswith("omniglot-")]
 def test_tables_agree_with_results():
     check = subprocess.run([sys.executable, "results/table.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_the_commands_are_understood(name):
+    """Every `python main.py` in a README, with the flags of the folder that the last `cd` before it went to."""
+    text = (ROOT / name).read_text().replace("\\\n", "")
+    found, folder = 0, None
+    for entered, flags in re.findall(r"\bcd (\w+)|python main\.py ([^\n`#)]*)", text):
+        folder = entered or folder
+        if flags and "--help" not in flags:
+            load(folder, "main").parse_args(shlex.split(flags))  # leaves with status 2 if it is not
+            found += 1
+    assert found >= 5
+
+
+def test_the_ablations_are_flags():
+    sys.path.insert(0, str(ROOT / "results"))
+    import ablations
+
+    parse = load("omniglot", "main").parse_args
+    for flags in [ablations.WAYS, *ablations.TEST]:
+        parse(flags.split())
+    short = vars(parse(ablations.SHORT.split()))
+    for name, flags in ablations.TRAIN.items():
+        changed = {key for key, value in vars(parse([*ablations.SHORT.split(), *flags.split()])).items() if value != short[key]}
+        assert len(changed) == (1 if flags else 0), name
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
