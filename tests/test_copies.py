@@ -1,8 +1,9 @@
 """Experiment folders share text, not imports: the copies are held equal here."""
 
 import pytest
+import torch
 
-from conftest import ROOT
+from conftest import ROOT, load
 
 EXPERIMENTS = ("omniglot", "mimgnet")
 
@@ -36,3 +37,11 @@ def test_runtime_is_the_same_file(path):
 @pytest.mark.parametrize("folder", EXPERIMENTS)
 def test_every_experiment_has_its_own_runtime(folder):
     assert (ROOT / folder / "runtime.py").is_file()
+
+
+def test_the_baseline_is_tested_on_the_same_episodes():
+    """Logistic regression on SimCLR's features and Meta-GMVAE on them: the same images, support and query."""
+    images, drawn = torch.zeros(20, 80, 4), []
+    for folder in ("simclr", "mimgnet"):
+        drawn.append(load(folder, "dataloader").draw_episodes(images, 5, 5, 15, 100, load(folder, "main").TEST_SEED))
+    assert drawn[0].equal(drawn[1])
