@@ -94,6 +94,8 @@ def plot():
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for name in ("kl-warmup-none", "kl-warmup-200", "as-the-others"):
+        if not (OUT / name / "metrics.jsonl").exists():
+            continue  # not run yet
         lines = [json.loads(line) for line in (OUT / name / "metrics.jsonl").read_text().splitlines()]
         iters = json.loads((OUT / name / "config.json").read_text())["args"]["kl_warmup_iters"]
         steps = [line["step"] for line in lines]
