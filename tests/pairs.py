@@ -13,6 +13,9 @@ import plain
 from folders import load
 
 EPISODES = 1000  # of an evaluation
+# On a CPU torch sums batch norm's statistics in float32, one value after the other, where channels come last: five million
+# values a channel, as at S=32, leave an error of 0.5 % in the variance. The small sizes of the tests agree to 1e-5.
+FP32 = 1e-3
 
 
 class Pair(NamedTuple):
@@ -79,7 +82,7 @@ def gmvae_step(folder, title, flags, images, device, bf16, **sizes):
         return torch.stack(losses).detach()
 
     title = f"{title} step, {args.batch_size} x {args.sample_size}, S={args.train_mc_sample_size}, K={args.way}"
-    precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", 1e-4)
+    precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", FP32)
     return Pair(title, "step", 1, precision, {"step": (our_step, 1)}, {"step": (plain_step, 1)}, tolerance)
 
 
@@ -182,7 +185,7 @@ def simclr_step(tiny, device, bf16):
         plain_adam.step()
         return loss.detach().view(1)
 
-    precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", 1e-4)
+    precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", FP32)
     title = f"SimCLR step, batch {args.batch_size}, with augmentation"
     return Pair(title, "step", 1, precision, {"step": (our_step, 1)}, {"views": (plain_views, 1), "step": (plain_step, 1)}, tolerance)
 
