@@ -51,11 +51,13 @@ def m_step(z, resp, mu):
 def fit_prior(z, components, iters, fix_pi=False, generator=None):
     """Unsupervised EM with identity covariance: the prior psi* = (pi, mu) of each set.
 
-    z (B, N, D), all samples of a set together -> pi (B, K), mu (B, K, D). Starts from uniform pi and
-    K distinct samples; constants for the gradient (paper, section on the meta-training EM).
+    z (B, M, S, D) -> pi (B, K), mu (B, K, D), fitted to the M S samples of each set. Starts from uniform pi and K random
+    samples, of K images where there are as many; constants for the gradient (paper, section on the meta-training EM).
     """
-    B, N, D = z.shape
-    first = torch.rand(B, N, device=z.device, generator=generator).topk(components, dim=-1).indices
+    B, M, S, D = z.shape
+    draw = torch.rand(B, M, S, device=z.device, generator=generator)
+    draw = torch.where(draw < draw.amax(-1, keepdim=True), draw - 1, draw)  # no image gives a second sample before each has given one
+    first, z = draw.flatten(1).topk(components, dim=-1).indices, z.flatten(1, 2)
     mu = z.gather(1, first.unsqueeze(-1).expand(-1, -1, D))
     uniform = pi = z.new_full((B, components), 1 / components)
     for _ in range(iters):
@@ -140,7 +142,7 @@ class SetAttention(nn.Module):
 
     def __init__(self, width, heads=4):
         super().__init__()
-        self.heads = heads
+        self.heads = math.gcd(heads, width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -235,10 +237,10 @@ def loss_terms(model, x, samples, components, em_iters, fix_pi=False, generator=
     B, M = x.shape[:2]
     mean, log_var = model.posterior(model.encode(x.flatten(0, 1)).view(B, M, -1))
     noise = torch.randn(B, M, samples, mean.shape[-1], device=x.device, generator=generator)
-    z = sample_posterior(mean, log_var, noise).flatten(1, 2)  # (B, M * S, D)
+    z = sample_posterior(mean, log_var, noise)  # (B, M, S, D)
     pi, mu = fit_prior(z.detach(), components, em_iters, fix_pi, generator)
-    kl = log_posterior(log_var, noise).mean() - log_prior(z, pi, mu).mean()
-    logits = model.decode(z.flatten(0, 1)).view(B * M, samples, -1)
+    kl = log_posterior(log_var, noise).mean() - log_prior(z.flatten(1, 2), pi, mu).mean()
+    logits = model.decode(z.flatten(0, 2)).view(B * M, samples, -1)
     # Binary cross-entropy on logits is softplus(l) - x l; the second term needs no copy of x for every sample.
     bce = F.softplus(logits).sum() - (logits.sum(1) * x.view(B * M, -1)).sum()
     return bce / (B * M * samples), kl

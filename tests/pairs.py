@@ -74,7 +74,7 @@ def gmvae_step(folder, title, flags, images, device, bf16, **sizes):
     def plain_step():
         x, S = draw_sets(images, args.batch_size, args.sample_size, plain_draws), args.train_mc_sample_size
         noise = torch.randn(*x.shape[:2], S, args.latent_size, device=device, generator=plain_draws)
-        first = torch.rand(len(x), args.sample_size * S, device=device, generator=plain_draws).topk(args.way).indices
+        first = plain.starting_samples(torch.rand(*x.shape[:2], S, device=device, generator=plain_draws), args.way)
         losses = plain.loss_terms(oracle, x, noise, first, args.unsupervised_em_iters)
         plain_adam.zero_grad()
         sum(losses).backward()

@@ -37,6 +37,12 @@ def m_step(z, resp):
     return weight / weight.sum(-1, keepdim=True), mu
 
 
+def starting_samples(draws, K):
+    """Indices (B, K) of the samples that EM starts from, each of another image: uniform draws (B, M, S), K at most M."""
+    images = draws.amax(-1).topk(K).indices
+    return images * draws.shape[-1] + draws.argmax(-1).gather(-1, images)
+
+
 def fit_prior(z, mu, iters, fix_pi=False):
     """Unsupervised EM with identity covariance from the starting means mu (..., K, D) -> pi, mu."""
     uniform = pi = z.new_full(mu.shape[:-1], 1 / mu.shape[-2])

@@ -67,7 +67,7 @@ def test_loss_terms_and_gradients(iters, fix_pi):
 
     g = torch.Generator().manual_seed(5)  # the same draws, in the order the loss makes them
     noise = torch.randn(B, M, S, D, generator=g).double()
-    first = torch.rand(B, M * S, generator=g).topk(K).indices
+    first = plain.starting_samples(torch.rand(B, M, S, generator=g), K)
     exact = copy.deepcopy(network).double()
     exact.zero_grad()
     sets = [plain_loss(exact, x[b].double(), noise[b], first[b], iters, fix_pi) for b in range(B)]

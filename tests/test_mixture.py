@@ -37,21 +37,34 @@ def test_m_step():
         torch.testing.assert_close((new_pi[b], new_mu[b]), expected)
 
 
-def starting_means(z, K, seed):
-    """The samples `fit_prior` starts from, redrawn from the same generator."""
-    first = torch.rand(z.shape[:2], generator=torch.Generator().manual_seed(seed)).topk(K).indices
-    return torch.stack([z[b, first[b]] for b in range(len(z))])
-
-
 @pytest.mark.parametrize("fix_pi", [False, True])
 @pytest.mark.parametrize("iters", [0, 1, 10])
 def test_fit_prior(iters, fix_pi):
     z = random_mixture(2)[0]
-    pi, mu = model.fit_prior(z, 4, iters, fix_pi, torch.Generator().manual_seed(7))
-    start = starting_means(z, 4, 7)
+    pi, mu = model.fit_prior(z.unflatten(1, (8, 5)), 4, iters, fix_pi, torch.Generator().manual_seed(7))
+    first = plain.starting_samples(torch.rand(3, 8, 5, generator=torch.Generator().manual_seed(7)), 4)
     for b in range(len(z)):
-        assert len(start[b].unique(dim=0)) == 4
-        torch.testing.assert_close((pi[b], mu[b]), plain.fit_prior(z[b], start[b], iters, fix_pi))
+        torch.testing.assert_close((pi[b], mu[b]), plain.fit_prior(z[b], z[b, first[b]], iters, fix_pi))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), M=st.integers(1, 9), S=st.integers(1, 5), data=st.data())
+def test_em_starts_at_samples_of_different_images(seed, M, S, data):
+    """K distinct samples, of as many images as there are: no image twice before each has been taken once."""
+    K = data.draw(st.integers(1, M * S))
+    z = torch.arange(2 * M * S, dtype=torch.float64).view(2, M, S, 1)
+    mu = model.fit_prior(z, K, 0, generator=torch.Generator().manual_seed(seed))[1]
+    for found, images in zip(mu.squeeze(-1), z.squeeze(-1)):
+        assert len(found.unique()) == K
+        assert len({int((images == sample).any(-1).nonzero()) for sample in found}) == min(K, M)
+
+
+def test_em_starts_anywhere():
+    """Every sample of every image is as likely as any other."""
+    z = torch.arange(12.0).view(1, 4, 3, 1).expand(3000, -1, -1, -1)
+    mu = model.fit_prior(z, 2, 0, generator=torch.Generator().manual_seed(0))[1]
+    times = torch.bincount(mu.flatten().long(), minlength=12)
+    assert (times - 500).abs().max() < 100  # 4.5 standard deviations
 
 
 def test_log_prior():
@@ -102,7 +115,7 @@ def test_likelihood_never_falls(seed, N, D, K, scale):
     z = scale * torch.randn(1, N, D, generator=g, dtype=torch.float64)
     before = -float("inf")
     for iters in range(8):
-        pi, mu = model.fit_prior(z, K, iters, generator=torch.Generator().manual_seed(seed))
+        pi, mu = model.fit_prior(z.unsqueeze(2), K, iters, generator=torch.Generator().manual_seed(seed))
         after = model.log_prior(z, pi, mu).sum().item()
         assert after >= before - 1e-6 * abs(after)
         torch.testing.assert_close(pi.sum(), torch.tensor(1.0, dtype=z.dtype))
@@ -115,7 +128,7 @@ def test_degenerate_sets_stay_finite(scale, reading):
     """Identical points, tiny and huge spreads, components that lose every sample."""
     g = torch.Generator().manual_seed(8)
     z = scale * torch.randn(2, 50, 4, generator=g)
-    pi, mu = model.fit_prior(z, 5, 20, generator=g)
+    pi, mu = model.fit_prior(z.unflatten(1, (10, 5)), 5, 20, generator=g)
     assert mu.isfinite().all() and pi.isfinite().all() and model.log_prior(z, pi, mu).isfinite().all()
     support, query = z[:, :12].view(2, 3, 2, 2, 4), z[:, 12:48].view(2, 12, 3, 4)
     probabilities = model.classify(support, query, 10, reading)

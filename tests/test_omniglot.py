@@ -54,7 +54,7 @@ def test_loss_terms_and_their_gradients(network, fix_pi, in_float64):
     x = torch.rand(B, M, 28, 28, 1)
     terms = model.loss_terms(ours, x, S, K, iters, fix_pi, torch.Generator().manual_seed(3))
     g = torch.Generator().manual_seed(3)  # the draws of loss_terms again, in its order
-    noise, first = torch.randn(B, M, S, 6, generator=g), torch.rand(B, M * S, generator=g).topk(K).indices
+    noise, first = torch.randn(B, M, S, 6, generator=g), plain.starting_samples(torch.rand(B, M, S, generator=g), K)
     expected = plain.loss_terms(oracle, x, noise, first, iters, fix_pi)
     torch.testing.assert_close(terms, expected)
     for term, other in zip(terms, expected):
