@@ -1,11 +1,30 @@
 """Features as one tensor on the device; training sets and few-shot episodes are indices into it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from runtime import UserError
+
+
+def read_description(data_dir):
+    """features.json, which simclr/main.py writes beside the features: {"train_epochs": ..., "images_per_class": {split: ...}}.
+
+    {} if there is none, as with features of your own. Raises UserError if it is damaged.
+    """
+    path = Path(data_dir) / "features.json"
+    try:
+        description = json.loads(path.read_text())
+        counts = description["images_per_class"].values()
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        counts = [None]
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise UserError(f"{path}: not readable, the images per class of every split expected, as simclr/main.py writes them")
+    return description
 
 
 def load_split(data_dir, split, images_per_class):
@@ -27,8 +46,6 @@ def load_split(data_dir, split, images_per_class):
         raise UserError(f"{path}: dtype {array.dtype}, expected float32 (or another float)")
     if len(array) % images_per_class:
         raise UserError(f"{path}: {len(array)} images, expected a multiple of --images-per-class {images_per_class}")
-    if array.shape[1] % 4:
-        raise UserError(f"{path}: {array.shape[1]} features an image, expected a multiple of 4 (the set network's heads)")
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
         array = array.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(array).all(1))

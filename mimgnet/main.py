@@ -21,13 +21,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataloader import check_episodes, check_width, draw_episodes, draw_sets, load_split
+from dataloader import check_episodes, check_width, draw_episodes, draw_sets, load_split, read_description
 from model import GMVAE, classify, loss_terms, sample_posterior
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, open_folder, restore, save_checkpoint, snapshot, use_bf16, write_json, write_text,
+    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_text,
 )  # fmt: skip
 
+IMAGES_PER_CLASS = 600  # of Mini-ImageNet
 VALIDATION_SEED, TEST_SEED = 1, 2  # of the episodes: the same for every run
 NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that evaluation draws from
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
@@ -41,11 +42,11 @@ def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("files")
     g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/imgnet", help="folder with train_, val_ and test_features.npy")
-    g.add_argument("--images-per-class", type=count, default=600, help="images of a class, which lie together in the three files")
+    g.add_argument("--images-per-class", type=count, help="images of a class, which lie together; without it, what features.json says, or 600")
     g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
     g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt")
     g.add_argument("--eval-only", action="store_true", help="no training: test --checkpoint, write test.json into --save-dir")
-    g.add_argument("--checkpoint", type=Path, help="weights for --eval-only; without it the best in --save-dir")
+    g.add_argument("--checkpoint", type=Path, help="weights for --eval-only, or the folder of a run: its best")
     g = p.add_argument_group("model")
     g.add_argument("--hidden-size", type=count, default=512, help="width of the decoder's hidden layers; the set network is as wide as a feature")
     g.add_argument("--latent-size", type=count, default=32, help="dimensions of the latent space")
@@ -60,7 +61,7 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=rate, default=1e-4, help="Adam's learning rate")
     g.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: from --lr to zero at the last step")
     g.add_argument("--weight-decay", type=rate, default=5e-2, help="Adam's L2 penalty")
-    g.add_argument("--kl-warmup-iters", type=natural, default=0, help="steps over which the KL term's weight rises from 0.02 to --kl-weight")
+    g.add_argument("--kl-warmup-iters", type=natural, default=0, help="steps over which the KL term's weight rises from 0.02 of --kl-weight to all of it")
     g.add_argument("--kl-weight", type=rate, default=1.0, help="final weight of the KL term; 1 is the evidence lower bound")
     g.add_argument("--ema-decay", type=number(float, 0, below=1), default=0.0, help="validate and test a moving average of the weights; 0: off")
     g = p.add_argument_group("evaluation")
@@ -72,20 +73,23 @@ def parse_args(argv=None):
     g.add_argument("--test-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image in evaluation")
     g.add_argument("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on each episode")
     g.add_argument("--e-step", choices=["unit", "learned", "hard"], default="unit", help="of an episode: variance 1 (published), learned variance, or k-means")
-    g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way")
+    g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way, or the checkpoint's own with --eval-only")
     g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5, 20, 50], help="shots to test")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the networks in training; auto: bf16 where it is fast")
-    g.add_argument("--seed", type=natural, default=0, help="of weights, sets and noise; episodes are the same for every seed")
+    g.add_argument("--seed", type=number(int, 0, below=2**31), default=0, help="of weights, sets and noise; episodes are the same for every seed")
     g.add_argument("--debug", action="store_true", help="smoke run: 4 steps, 2 validations of 10 episodes, 2 Monte-Carlo samples")
     args = p.parse_args(argv)
     if args.checkpoint and not args.eval_only:
         p.error("--checkpoint goes with --eval-only; --resume continues a run")
+    if args.eval_only and not args.checkpoint:
+        p.error("--eval-only: no --checkpoint found, weights or the folder of a run expected")
     if args.debug:
         args.train_iters, args.freq_iters, args.eval_episodes = 4, 2, 10
         args.train_mc_sample_size = args.test_mc_sample_size = 2
-    args.test_way = args.test_way or [args.way]
+    if not args.eval_only:
+        args.test_way = args.test_way or [args.way]
     return args
 
 
@@ -133,10 +137,15 @@ def evaluate_split(model, images, ways, shots, seed, args):
     return results
 
 
+def best_checkpoint(args):
+    """The weights to test: --checkpoint or, of a run's folder, those that were best on validation."""
+    place = args.checkpoint or args.save_dir
+    return place / "best.pt" if place.is_dir() else place
+
+
 def test(images, device, args):
-    """The test table of --checkpoint, or of the run's own best checkpoint; printed and written to test.json."""
-    checkpoint = args.checkpoint or args.save_dir / "best.pt"
-    model = load_model(checkpoint, GMVAE).to(device)
+    """The test table of --checkpoint, or of the run just trained; printed and written to test.json."""
+    model = load_model(best_checkpoint(args), GMVAE).to(device)
     model.sizes["set_attention"] &= not args.no_set_attention
     results = evaluate_split(model, images, args.test_way, args.test_shot, TEST_SEED, args)
     for name, r in results.items():
@@ -170,6 +179,11 @@ def train_step(model, optimizer, x, step, args, generator):
     return reconstruction, kl
 
 
+def write_metrics(history, args):
+    """metrics.jsonl: a line for each validation."""
+    write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
 def validate(model, images, step, history, args):
     """One line of metrics; the model becomes `best.pt` if it is the best so far."""
     results = evaluate_split(model, images, [args.way], [args.shot], VALIDATION_SEED, args)
@@ -180,8 +194,8 @@ def validate(model, images, step, history, args):
     return results
 
 
-def train(splits, device, bf16, args):
-    """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal after a checkpoint if asked to stop."""
+def train(splits, device, bf16, stop, args):
+    """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal, after a checkpoint, once `stop` is not empty."""
     torch.manual_seed(args.seed)
     model = GMVAE(splits["train"].shape[-1], args.hidden_size, args.latent_size, not args.no_set_attention, bf16).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -198,10 +212,10 @@ def train(splits, device, bf16, args):
         check_width(args.data_dir, "train", splits["train"], checkpoint["sizes"]["feature_size"], last)
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
+        write_metrics(progress["history"], args)  # a kill may have come between the two files
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
-    stop = catch_stop()
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
     heap, losses = Heap(), LossLog(("reconstruction", "kl"), tensorboard)
     log_every = 50 if device.type == "cuda" else 1
@@ -234,20 +248,26 @@ def train(splits, device, bf16, args):
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes})
-            write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+            write_metrics(history, args)
             saved = time.monotonic()
-        if stopping and step < args.train_iters:
-            bar.close()
-            print(f"stopped after step {step}; --resume continues", file=sys.stderr)
-            sys.exit(128 + stop[0])
+        if stopping:
+            break
     bar.close()
     tensorboard.close()
+    if stop:
+        print(f"stopped after step {progress['step']}; --resume continues", file=sys.stderr)
+        sys.exit(128 + stop[0])
 
 
 def load_splits(args):
     """The arrays this run needs, checked against its flags, {split: tensor}. Raises UserError."""
     names = ["test"] if args.eval_only else ["train", "val", "test"]
-    splits = {name: load_split(args.data_dir, name, args.images_per_class) for name in names}
+    described = read_description(args.data_dir).get("images_per_class", {})
+    for name in names:
+        expected = described.get(name, args.images_per_class)
+        if args.images_per_class and args.images_per_class != expected:
+            raise UserError(f"--images-per-class: {args.images_per_class} found, {expected} expected as {args.data_dir / 'features.json'} says")
+    splits = {name: load_split(args.data_dir, name, args.images_per_class or described.get(name, IMAGES_PER_CLASS)) for name in names}
     check_episodes(args.data_dir, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if not args.eval_only:
         for name in ("val", "test"):
@@ -268,21 +288,25 @@ def main():
     try:
         device = choose_device(args.device)
         bf16 = use_bf16(args.precision, device)
+        if args.eval_only:
+            path = best_checkpoint(args)
+            width = load_model(path, GMVAE).sizes["feature_size"]  # refused before anything is written
+            args.test_way = args.test_way or [validated_way(path) or args.way]
         splits = {name: images.to(device) for name, images in load_splits(args).items()}
-        if args.checkpoint:
-            width = load_model(args.checkpoint, GMVAE).sizes["feature_size"]  # refused before anything is written
-            check_width(args.data_dir, "test", splits["test"], width, args.checkpoint)
-        if args.checkpoint and (args.save_dir / "last.pt").exists():
-            raise UserError(f"--save-dir: {args.save_dir} holds a training run, another folder expected for the test of --checkpoint")
-        if not args.eval_only or args.checkpoint:
-            free = vars(args) if args.eval_only else FREE_ON_RESUME
-            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume or args.eval_only, free)
-        if not args.eval_only:
-            train(splits, device, bf16, args)
+        run = describe_run(args, device, bf16) | {"features": read_description(args.data_dir)}
+        if args.eval_only:
+            check_width(args.data_dir, "test", splits["test"], width, path)
+            open_test_folder(args.save_dir, run)
+        else:
+            open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
+            with catch_stop() as stop:
+                train(splits, device, bf16, stop, args)
         test(splits["test"], device, args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write(f"main.py: error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
         sys.exit(2)
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dataloader import as_float, check_episodes, draw_episodes, draw_sets, load_
 from model import GMVAE, classify, loss_terms, sample_posterior
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, open_folder, restore, save_checkpoint, snapshot, use_bf16, write_json, write_text,
+    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_text,
 )  # fmt: skip
 
 VALIDATION_SHOTS = (1, 5)
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
     g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt")
     g.add_argument("--eval-only", action="store_true", help="no training: test --checkpoint, write test.json into --save-dir")
-    g.add_argument("--checkpoint", type=Path, help="weights for --eval-only; without it the best ones in --save-dir")
+    g.add_argument("--checkpoint", type=Path, help="weights for --eval-only, or the folder of a run: its best ones for each shot")
     g = p.add_argument_group("model")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the set network is 4 times as wide")
     g.add_argument("--latent-size", type=count, default=64, help="dimensions of the latent space")
@@ -60,7 +60,7 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=rate, default=1e-3, help="Adam's learning rate")
     g.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: from --lr to zero at the last step")
     g.add_argument("--weight-decay", type=rate, default=1e-6, help="Adam's L2 penalty")
-    g.add_argument("--kl-warmup-iters", type=natural, default=0, help="steps over which the KL term's weight rises from 0.02 to --kl-weight")
+    g.add_argument("--kl-warmup-iters", type=natural, default=0, help="steps over which the KL term's weight rises from 0.02 of --kl-weight to all of it")
     g.add_argument("--kl-weight", type=rate, default=1.0, help="final weight of the KL term; 1 is the evidence lower bound")
     g.add_argument("--ema-decay", type=number(float, 0, below=1), default=0.0, help="validate and test a moving average of the weights; 0: off")
     g = p.add_argument_group("evaluation")
@@ -71,20 +71,23 @@ def parse_args(argv=None):
     g.add_argument("--test-mc-sample-size", type=count, default=32, help="Monte-Carlo samples an image in evaluation")
     g.add_argument("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on each episode")
     g.add_argument("--e-step", choices=["unit", "learned", "hard"], default="unit", help="of an episode: variance 1 (published), learned variance, or k-means")
-    g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way")
+    g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way, or the checkpoint's own with --eval-only")
     g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5], help="shots to test")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the networks in training; auto: bf16 where it is fast")
-    g.add_argument("--seed", type=natural, default=0, help="of weights, sets and noise; episodes are the same for every seed")
+    g.add_argument("--seed", type=number(int, 0, below=2**31), default=0, help="of weights, sets and noise; episodes are the same for every seed")
     g.add_argument("--debug", action="store_true", help="smoke run: 4 steps, 2 validations of 10 episodes, 2 Monte-Carlo samples")
     args = p.parse_args(argv)
     if args.checkpoint and not args.eval_only:
         p.error("--checkpoint goes with --eval-only; --resume continues a run")
+    if args.eval_only and not args.checkpoint:
+        p.error("--eval-only: no --checkpoint found, weights or the folder of a run expected")
     if args.debug:
         args.train_iters, args.freq_iters, args.eval_episodes = 4, 2, 10
         args.train_mc_sample_size = args.test_mc_sample_size = 2
-    args.test_way = args.test_way or [args.way]
+    if not args.eval_only:
+        args.test_way = args.test_way or [args.way]
     return args
 
 
@@ -141,12 +144,17 @@ def evaluate_split(model, images, ways, shots, seed, args):
     return results
 
 
+def checkpoint_for(shot, args):
+    """The weights to test: --checkpoint or, of a run's folder, those that were best on validation at one shot or at five."""
+    place = args.checkpoint or args.save_dir
+    return place / f"{1 if shot == 1 else 5}shot_best.pt" if place.is_dir() else place
+
+
 def test(images, device, args):
-    """The test table of --checkpoint, or of the run's own best checkpoint for each shot; printed and written to test.json."""
+    """The test table of --checkpoint, or of the run just trained; printed and written to test.json."""
     results = {}
     for shot in args.test_shot:
-        checkpoint = args.checkpoint or args.save_dir / f"{1 if shot == 1 else 5}shot_best.pt"
-        model = load_model(checkpoint, GMVAE).to(device)
+        model = load_model(checkpoint_for(shot, args), GMVAE).to(device)
         model.sizes["set_attention"] &= not args.no_set_attention
         results |= evaluate_split(model, images, args.test_way, [shot], TEST_SEED, args)
     for name, r in results.items():
@@ -180,6 +188,11 @@ def train_step(model, optimizer, x, step, args, generator):
     return reconstruction, kl
 
 
+def write_metrics(history, args):
+    """metrics.jsonl: a line for each validation."""
+    write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
 def validate(model, images, step, history, args):
     """One line of metrics; the model becomes `<shot>shot_best.pt` for each shot at which it is the best so far."""
     results = evaluate_split(model, images, [args.way], VALIDATION_SHOTS, VALIDATION_SEED, args)
@@ -191,8 +204,8 @@ def validate(model, images, step, history, args):
     return results
 
 
-def train(splits, device, bf16, args):
-    """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal after a checkpoint if asked to stop."""
+def train(splits, device, bf16, stop, args):
+    """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal, after a checkpoint, once `stop` is not empty."""
     torch.manual_seed(args.seed)
     model = GMVAE(args.hidden_size, args.latent_size, not args.no_set_attention, bf16).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -208,10 +221,10 @@ def train(splits, device, bf16, args):
         checkpoint = load_checkpoint(last)
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
+        write_metrics(progress["history"], args)  # a kill may have come between the two files
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
-    stop = catch_stop()
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
     heap, losses = Heap(), LossLog(("reconstruction", "kl"), tensorboard)
     log_every = 50 if device.type == "cuda" else 1
@@ -244,14 +257,15 @@ def train(splits, device, bf16, args):
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes})
-            write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+            write_metrics(history, args)
             saved = time.monotonic()
-        if stopping and step < args.train_iters:
-            bar.close()
-            print(f"stopped after step {step}; --resume continues", file=sys.stderr)
-            sys.exit(128 + stop[0])
+        if stopping:
+            break
     bar.close()
     tensorboard.close()
+    if stop:
+        print(f"stopped after step {progress['step']}; --resume continues", file=sys.stderr)
+        sys.exit(128 + stop[0])
 
 
 def load_splits(args):
@@ -277,20 +291,23 @@ def main():
     try:
         device = choose_device(args.device)
         bf16 = use_bf16(args.precision, device)
+        if args.eval_only:
+            for path in {checkpoint_for(shot, args) for shot in args.test_shot}:
+                load_model(path, GMVAE)  # refused before anything is written
+                args.test_way = args.test_way or [validated_way(path) or args.way]
         splits = {name: images.to(device) for name, images in load_splits(args).items()}
-        if args.checkpoint:
-            load_model(args.checkpoint, GMVAE)  # refused before anything is written
-        if args.checkpoint and (args.save_dir / "last.pt").exists():
-            raise UserError(f"--save-dir: {args.save_dir} holds a training run, another folder expected for the test of --checkpoint")
-        if not args.eval_only or args.checkpoint:
-            free = vars(args) if args.eval_only else FREE_ON_RESUME
-            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume or args.eval_only, free)
-        if not args.eval_only:
-            train(splits, device, bf16, args)
+        if args.eval_only:
+            open_test_folder(args.save_dir, describe_run(args, device, bf16))
+        else:
+            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume, FREE_ON_RESUME)
+            with catch_stop() as stop:
+                train(splits, device, bf16, stop, args)
         test(splits["test"], device, args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write(f"main.py: error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
         sys.exit(2)
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        sys.exit(130)
 
 
 if __name__ == "__main__":

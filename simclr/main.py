@@ -3,7 +3,7 @@
     python main.py --data-dir ../data/imgnet --save-dir runs/simclr --feature-save-dir ../data/imgnet
 
 The published recipe is the default. `--feature-save-dir` receives train_features.npy, val_features.npy and
-test_features.npy; `--save-dir` config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and,
+test_features.npy, and features.json, which says what made them; `--save-dir` config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and,
 with --probe, test.json. README.md has the data and the results.
 """
 
@@ -28,7 +28,7 @@ from dataloader import check_episodes, contact_sheet, draw_episodes, epoch_order
 from model import Encoder, nt_xent, projection_head
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, open_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_text,
+    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_text,
 )  # fmt: skip
 
 SPLITS = ("train", "val", "test")
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the convolutions in training; auto: bf16 where it is fast")
-    g.add_argument("--seed", type=natural, default=0, help="of weights, order and views; episodes are the same for every seed")
+    g.add_argument("--seed", type=number(int, 0, below=2**31), default=0, help="of weights, order and views; episodes are the same for every seed")
     g.add_argument("--debug", action="store_true", help="smoke run: 2 epochs of 2 steps of 16 images, 2 validations of 10 episodes")
     args = p.parse_args(argv)
     if args.checkpoint and not args.export_only:
@@ -157,6 +157,7 @@ def export(splits, device, args):
     """Writes the three feature files of --checkpoint or of the run's own encoder; returns {split: (classes, n, width)}."""
     path = args.checkpoint or args.save_dir / f"{args.export}.pt"
     encoder = load_model(path, Encoder).to(device)
+    epoch = load_checkpoint(path).get("epoch")
     features = {name: encode_all(encoder, images, f"{name} features") for name, images in splits.items()}
     args.feature_save_dir.mkdir(parents=True, exist_ok=True)
     for name, h in features.items():
@@ -169,8 +170,10 @@ def export(splits, device, args):
 
         write_atomically(path, write)
         print(f"{path}  {array.shape} {array.dtype}")
+    description = {"train_epochs": epoch, "images_per_class": {name: images.shape[1] for name, images in splits.items()}}
+    write_json(args.feature_save_dir / "features.json", description)
     if not args.checkpoint:
-        save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes})
+        save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch})
     return features
 
 
@@ -202,19 +205,24 @@ def train_step(encoder, projection, optimizer, x, rate, temperature):
     return loss
 
 
-def validate(encoder, images, step, history, args):
+def write_metrics(history, args):
+    """metrics.jsonl: a line for each validation."""
+    write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
+def validate(encoder, images, epoch, step, history, args):
     """One line of metrics from labels that training never sees; the encoder becomes best.pt if it is the best so far."""
     features = encode_all(encoder, images)
     results = evaluate(standardise(features, features), nearest_mean, VALIDATION_SHOTS, VALIDATION_SEED, args)
     name = f"{args.way}way{BEST_SHOT}shot"
     if all(results[name]["accuracy"] > line[name]["accuracy"] for line in history):
-        checkpoint = {"model": encoder.state_dict(), "sizes": encoder.sizes, "step": step, "validation": results}
+        checkpoint = {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch, "step": step, "validation": results}
         save_checkpoint(args.save_dir / "best.pt", checkpoint)
     return results
 
 
-def train(splits, device, bf16, args):
-    """Trains from the start, or from last.pt, to --train-epochs. Leaves with status 128 + signal after a checkpoint if asked to stop."""
+def train(splits, device, bf16, stop, args):
+    """Trains from the start, or from last.pt, to --train-epochs. Leaves with status 128 + signal, after a checkpoint, once `stop` is not empty."""
     torch.manual_seed(args.seed)
     encoder, projection = Encoder(args.hidden_size, bf16).to(device), projection_head(args.hidden_size).to(device)
     parameters = [*encoder.parameters(), *projection.parameters()]
@@ -230,10 +238,10 @@ def train(splits, device, bf16, args):
         checkpoint = load_checkpoint(last)
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
+        write_metrics(progress["history"], args)  # a kill may have come between the two files
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
-    stop = catch_stop()
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
     heap, losses = Heap(), LossLog(("nt_xent",), tensorboard)
     log_every = 50 if device.type == "cuda" else 1
@@ -259,23 +267,24 @@ def train(splits, device, bf16, args):
         if saving and not all(p.isfinite().all() for p in parameters):
             raise UserError(f"step {step}: a weight is not finite (nt_xent {terms['nt_xent']}), finite ones expected; last.pt keeps the last good checkpoint")
         if validating:
-            results = validate(encoder, splits["val"], step, history, args)
+            results = validate(encoder, splits["val"], epoch + 1, step, history, args)
             history.append({"epoch": epoch + 1, "step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
             for name, r in results.items():
                 tensorboard.add_scalar(f"validation/{name}", r["accuracy"], step)
             scores = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
             bar.write(f"epoch {epoch + 1}  {scores}  NT-Xent {terms['nt_xent']:.3f}")
         if saving:
-            progress = {"step": step, "seconds": time.monotonic() - began, "history": history, "sizes": encoder.sizes}
+            progress = {"step": step, "seconds": time.monotonic() - began, "history": history, "sizes": encoder.sizes, "epoch": step // steps}
             save_checkpoint(last, snapshot(parts) | progress)
-            write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+            write_metrics(history, args)
             saved = time.monotonic()
-        if stopping and step < total:
-            bar.close()
-            print(f"stopped after step {step}; --resume continues", file=sys.stderr)
-            sys.exit(128 + stop[0])
+        if stopping:
+            break
     bar.close()
     tensorboard.close()
+    if stop:
+        print(f"stopped after step {progress['step']}; --resume continues", file=sys.stderr)
+        sys.exit(128 + stop[0])
 
 
 def prepared(args):
@@ -337,19 +346,19 @@ def main():
             return
         if args.checkpoint:
             load_model(args.checkpoint, Encoder)  # refused before anything is written
-        if args.checkpoint and (args.save_dir / "last.pt").exists():
-            raise UserError(f"--save-dir: {args.save_dir} holds a training run, another folder expected for the export of --checkpoint")
-        if not args.export_only or args.checkpoint:
-            free = vars(args) if args.export_only else FREE_ON_RESUME
-            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume or args.export_only, free)
+            open_test_folder(args.save_dir, describe_run(args, device, bf16))
         if not args.export_only:
-            train(splits, device, bf16, args)
+            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume, FREE_ON_RESUME)
+            with catch_stop() as stop:
+                train(splits, device, bf16, stop, args)
         features = export(splits, device, args)
         if args.probe:
             probe(features, args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write(f"main.py: error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
         sys.exit(2)
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +122,11 @@ class Heap:
 def write_atomically(path, write):
     """`write(temporary path)`, then rename: a kill at any moment leaves the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -134,7 +138,10 @@ def write_json(path, value):
 
 
 def save_checkpoint(path, checkpoint):
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    try:
+        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    except RuntimeError as error:  # torch's word for a full disk
+        raise UserError(f"{path}: not written, room on the disk expected ({str(error).splitlines()[0]})") from None
 
 
 def load_checkpoint(path):
@@ -148,14 +155,24 @@ def load_checkpoint(path):
 
 
 def load_model(path, network):
-    """`network` built with the sizes stored in a checkpoint, with its weights, in evaluation mode. Raises UserError."""
+    """`network` built with the sizes stored in a checkpoint, with its weights, in evaluation mode. Raises UserError.
+
+    Of a last.pt with a moving average of the weights, the average: it is what the run validates.
+    """
     checkpoint = load_checkpoint(path)
     try:
         model = network(**checkpoint["sizes"])
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+        average = {name.removeprefix("module."): value for name, value in checkpoint.get("average", {}).items() if name != "n_averaged"}
+        model.load_state_dict(average or checkpoint["model"])
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this experiment ({str(error).splitlines()[0]})") from None
     return model.eval()
+
+
+def validated_way(path):
+    """The number of ways of the episodes that a checkpoint was chosen on; None if none were, as for a last.pt. Raises UserError."""
+    cells = load_checkpoint(path).get("validation")  # {"5way1shot": ...}
+    return int(next(iter(cells)).partition("way")[0]) if cells else None
 
 
 def snapshot(parts):
@@ -164,12 +181,15 @@ def snapshot(parts):
 
 
 def restore(parts, checkpoint, path):
-    """The reverse of `snapshot`, in place; `path` is where the checkpoint came from. Raises UserError if it is another program's."""
+    """The reverse of `snapshot`, in place; `path` is where the checkpoint came from.
+
+    Raises UserError if it is another program's, or of another kind of device, whose random numbers cannot be continued.
+    """
     try:
         for name, part in parts.items():
             part.set_state(checkpoint[name]) if isinstance(part, torch.Generator) else part.load_state_dict(checkpoint[name])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a checkpoint of this run ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a checkpoint of this run on this kind of device ({str(error).splitlines()[0]})") from None
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -177,49 +197,82 @@ def restore(parts, checkpoint, path):
 
 def describe_run(args, device, bf16):
     """What made a run, for config.json: the command, every flag, the precision chosen, device, versions, commit."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = None  # no git here
     return {
         "command": shlex.join(["python", *sys.argv]),
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "precision": "bf16" if bf16 else "fp32",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
     }
 
 
-def open_folder(save_dir, config, resume, free):
-    """Makes the run's folder with its config.json; `free` flags may differ from those the run was started with.
-
-    Raises UserError if the folder holds another run, or if a resumed one would train something else.
-    """
+def read_config(save_dir):
+    """config.json of a run; None where there is none. Raises UserError if it is damaged."""
     path = save_dir / "config.json"
-    if path.exists():
-        if not resume:
-            raise UserError(f"{save_dir}: holds another run (config.json), an empty folder expected; --resume continues it")
-        try:
-            before = json.loads(path.read_text())["args"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not readable, the flags of the run in {save_dir} expected") from None
-        for name, value in config["args"].items():
-            if name not in free and before.get(name) != value:
+    try:
+        config = json.loads(path.read_text())
+        return config | {"args": dict(config["args"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not readable, the flags of the run in {save_dir} expected") from None
+
+
+def open_folder(save_dir, config, resume, free):
+    """Makes a training run's folder with its config.json, or opens it again; `free` flags may then differ from the first time.
+
+    Every time it was resumed is added to `resumed` in config.json. Raises UserError if the folder holds another run, or if
+    a resumed one would train something else.
+    """
+    before = read_config(save_dir)
+    if before and not resume:
+        raise UserError(f"{save_dir}: holds another run (config.json), an empty folder expected; --resume continues it")
+    if before:
+        found, expected = ({**c["args"], "precision": c["precision"]} for c in (config, before))
+        for name, value in found.items():
+            if name not in free and expected.get(name, value) != value:  # a flag that is newer than the run had its default
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag}: {value} found, {before.get(name)} expected, as the run in {save_dir} was started")
+                raise UserError(f"{flag}: {value} found, {expected[name]} expected, as the run in {save_dir} was started")
+        if (save_dir / "metrics.jsonl").exists() and not (save_dir / "last.pt").exists():
+            raise UserError(f"{save_dir / 'last.pt'}: not found, the state of the run expected to --resume it; a new run needs another --save-dir")
+        again = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
+        config = {**before, "args": config["args"], "resumed": [*before.get("resumed", []), again]}
     save_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+    write_json(save_dir / "config.json", config)
 
 
+def open_test_folder(save_dir, config):
+    """Makes the folder of a test of --checkpoint, with its config.json; replaces an earlier test. Raises UserError if a training run is there."""
+    before = read_config(save_dir)
+    if before and not (before["args"].get("eval_only") or before["args"].get("export_only")):
+        raise UserError(f"--save-dir: {save_dir} holds a training run, another folder expected for what is made of --checkpoint")
+    save_dir.mkdir(parents=True, exist_ok=True)
+    write_json(save_dir / "config.json", config)
+
+
+@contextmanager
 def catch_stop():
-    """A list that receives the first SIGINT or SIGTERM; a second one ends the program at once."""
-    received = []
+    """Within it, a list receives the first SIGINT or SIGTERM; a second one ends the program at once."""
+    received, signals = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in signals]
 
     def handler(number, _):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals:
         signal.signal(number, handler)
-    return received
+    try:
+        yield received
+    finally:
+        for number, earlier in zip(signals, before):
+            signal.signal(number, earlier)
 
 
 class LossLog:

@@ -133,11 +133,9 @@ def test_stopped_killed_and_resumed_is_the_same_run(data, finished, tmp_path):
 
 
 def test_eval_only_of_the_run_and_of_a_checkpoint_at_another_way(data, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "test.json").unlink()
-    result = run("mimgnet", "--data-dir", data, "--save-dir", tmp_path / "run", *TINY, "--eval-only")
+    result = run("mimgnet", "--data-dir", data, "--save-dir", tmp_path / "again", *TINY, "--eval-only", "--checkpoint", finished)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "run" / "test.json").read_text() == (finished / "test.json").read_text()
+    assert (tmp_path / "again" / "test.json").read_text() == (finished / "test.json").read_text()
 
     flags = ["--eval-only", "--checkpoint", finished / "best.pt", "--test-way", "5", "20", "--e-step", "learned", "--test-shot", "1", "16"]
     os.remove(save_features(tmp_path) / "train_features.npy")  # a test needs only the test split
@@ -146,6 +144,30 @@ def test_eval_only_of_the_run_and_of_a_checkpoint_at_another_way(data, finished,
     table = json.loads((tmp_path / "test" / "test.json").read_text())
     assert table.keys() == {"5way1shot", "5way16shot", "20way1shot", "20way16shot"}
     assert table["20way16shot"]["accuracy"] > 1.5 * 100 / 20
+
+
+def test_what_simclr_says_of_the_features(data, tmp_path, refused):
+    """features.json gives the images of a class, each split its own, and stays in the run's config; damaged or denied, it is an error."""
+    folder = shutil.copytree(data, tmp_path / "features")
+    np.save(folder / "test_features.npy", np.load(data / "test_features.npy")[: 10 * 40])
+    description = {"train_epochs": 9, "images_per_class": {"train": 20, "val": 20, "test": 40}}
+    (folder / "features.json").write_text(json.dumps(description))
+    assert TINY[:2] == ["--images-per-class", "20"]
+    flags = TINY[2:]
+    result = run("mimgnet", "--data-dir", folder, "--save-dir", tmp_path / "run", *flags, "--train-iters", 2, "--test-shot", 30)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run/config.json").read_text())["features"] == description
+    start = ["--data-dir", folder, "--save-dir", tmp_path / "new", *flags]
+    refused(*start, "--images-per-class", 20, words=["--images-per-class: 20 found, 40 expected"])
+    for text in ("{", "{}", '{"images_per_class": {"train": 0}}', '{"images_per_class": 600}'):
+        (folder / "features.json").write_text(text)
+        refused(*start, words=["features.json: not readable"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_any_width(tmp_path):
+    result = run("mimgnet", "--data-dir", save_features(tmp_path, width=31), "--save-dir", tmp_path / "run", *TINY, "--train-iters", 2)
+    assert result.returncode == 0, result.stderr
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -184,7 +206,6 @@ BAD_FILES = {
     "complex": (lambda a: a.astype(np.complex64), "complex64"),
     "pickled objects": (lambda a: a.astype(object), "not a readable .npy array"),
     "count": (lambda a: a[:-1], "239 images, expected a multiple of --images-per-class 20"),
-    "no multiple of the heads": (lambda a: a[:, :30], "30 features an image, expected a multiple of 4"),
     "width of the others": (lambda a: a[:, :28], "expected 28"),
     "NaN": (with_value(np.nan), "1 images with NaN"),
     "infinite": (with_value(-np.inf), "1 images with NaN"),
@@ -236,7 +257,9 @@ BAD_FLAGS = {
     "--sample 3": "unrecognized arguments",
     "--checkpoint some.pt": "--checkpoint goes with --eval-only",
     "--eval-only --checkpoint nowhere.pt": "nowhere.pt: not found",
-    "--eval-only": "best.pt: not found",
+    "--eval-only": "--eval-only: no --checkpoint found",
+    "--eval-only --checkpoint .": "best.pt: not found",
+    "--seed 99999999999999999999": "--seed: 99999999999999999999 found",
 }
 
 

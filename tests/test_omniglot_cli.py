@@ -111,6 +111,29 @@ def test_eval_only_repeats_the_test(whole_run, tmp_path):
         assert result.returncode == 0, result.stderr
         name = f"5way{shot}shot"
         assert json.loads((out / "test.json").read_text())[name] == json.loads((folder / "test.json").read_text())[name]
+    result = run("omniglot", *flags, "--eval-only", "--checkpoint", folder, "--save-dir", out)  # both at once; an earlier test is replaced
+    assert result.returncode == 0, result.stderr
+    assert (out / "test.json").read_text() == (folder / "test.json").read_text()
+
+
+def test_a_checkpoint_is_tested_at_its_own_way(glyphs_dir, tmp_path):
+    flags = ["--data-dir", glyphs_dir, *TINY, "--test-shot", 1]
+    assert run("omniglot", "--save-dir", tmp_path / "run", *flags, "--train-iters", 1, "--way", 7).returncode == 0
+    for place in (tmp_path / "run", tmp_path / "run/5shot_best.pt"):
+        assert run("omniglot", "--save-dir", tmp_path / "eval", *flags, "--eval-only", "--checkpoint", place).returncode == 0
+        assert json.loads((tmp_path / "eval/test.json").read_text()).keys() == {"7way1shot"}
+
+
+def test_what_a_resume_leaves_in_the_config(glyphs_dir, tmp_path):
+    """Of a run that has ended, --resume repeats the test; the command it was started with stays."""
+    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 1]
+    assert run("omniglot", *flags).returncode == 0
+    first, before = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "test.json"))
+    (tmp_path / "run/metrics.jsonl").write_text("")  # as if a kill had come between the checkpoint and this
+    assert run("omniglot", *flags, "--resume", "--test-shot", 1).returncode == 0
+    config, after = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "test.json"))
+    assert config["command"] == first["command"] and [again["command"][-22:] for again in config["resumed"]] == ["--resume --test-shot 1"]
+    assert after == {"5way1shot": before["5way1shot"]} and len(metrics(tmp_path / "run")) == 1
 
 
 def test_eval_only_at_other_ways_and_shots(whole_run, glyphs_dir, tmp_path):
@@ -177,6 +200,9 @@ def test_a_folder_with_another_run_is_refused(whole_run):
     before = (folder / "last.pt").read_bytes()
     fails(run("omniglot", "--save-dir", folder, *flags), folder, "holds another run", "--resume")
     fails(run("omniglot", "--save-dir", folder, *flags, "--resume", "--lr", "0.5"), "--lr", "0.5 found", "0.001 expected")
+    precision = json.loads((folder / "config.json").read_text())["precision"]
+    other = "fp32" if precision == "bf16" else "bf16"
+    fails(run("omniglot", "--save-dir", folder, *flags, "--resume", "--precision", other), "--precision", f"{other} found", f"{precision} expected")
     checkpoint = folder / "1shot_best.pt"
     fails(run("omniglot", "--save-dir", folder, *flags, "--eval-only", "--checkpoint", checkpoint), "--save-dir", "another folder expected")
     assert (folder / "last.pt").read_bytes() == before
@@ -191,6 +217,8 @@ def test_a_folder_with_another_run_is_refused(whole_run):
         (["--device", "cuda:99"], ["--device", "cuda:99 found"]),
         (["--device", "toaster"], ["--device", "toaster found"]),
         (["--checkpoint", "x.pt"], ["--checkpoint", "--eval-only"]),
+        (["--eval-only"], ["--eval-only", "--checkpoint"]),
+        (["--seed", "99999999999999999999"], ["--seed", "below"]),
         (["--way", "26", "--test-way", "5"], ["val.npy", "25 classes", "26"]),
         (["--test-way", "5", "40"], ["test.npy", "25 classes", "40"]),
         (["--test-shot", "6"], ["test.npy", "20 drawings", "21"]),
@@ -233,6 +261,10 @@ def test_a_damaged_run_is_not_resumed(whole_run, tmp_path):
         fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), name, words)
     torch.save({"step": 3}, copy / "last.pt")
     fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), "last.pt", "not a checkpoint of this run")
+    (copy / "last.pt").unlink()  # as in results/, where it is too large to keep: to start again would overwrite them
+    before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), "last.pt", "not found")
+    assert before == {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(glyphs_dir, tmp_path):

@@ -1,12 +1,18 @@
 """runtime.py: what the programs themselves do not show."""
 
+import argparse
+import os
 import platform
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from conftest import ROOT
+from conftest import ROOT, load
+
+runtime = load("omniglot", "runtime")
 
 HEAP = """
 import torch
@@ -34,3 +40,47 @@ def test_freed_pages_are_kept_up_to_a_bound():
     assert done.returncode == 0, done.stderr
     first, kept, left = map(int, done.stdout.split())
     assert kept > 1.9 * first and left < 1.2 * first
+
+
+def test_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    args = argparse.Namespace(seed=0)
+    config = runtime.describe_run(args, torch.device("cpu"), False)
+    assert config["git_commit"] is None and config["args"] == {"seed": 0}
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    runtime.write_text(tmp_path / "file", "old")
+
+    def half(temporary):
+        temporary.write_text("half")
+        raise RuntimeError("no space left")
+
+    with pytest.raises(RuntimeError):
+        runtime.write_atomically(tmp_path / "file", half)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk is played by /dev/full")
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "write_atomically", lambda path, write: write("/dev/full"))
+    with pytest.raises((runtime.UserError, OSError)):
+        runtime.save_checkpoint(tmp_path / "last.pt", {"tensor": torch.zeros(10**6)})
+
+
+def test_a_moving_average_is_what_last_pt_stands_for(tmp_path):
+    network = lambda: torch.nn.Linear(2, 1)  # noqa: E731
+    model, average = network(), torch.optim.swa_utils.AveragedModel(network())
+    runtime.save_checkpoint(tmp_path / "last.pt", {"sizes": {}, "model": model.state_dict(), "average": average.state_dict()})
+    assert runtime.load_model(tmp_path / "last.pt", network).weight.equal(average.module.weight)
+    runtime.save_checkpoint(tmp_path / "last.pt", {"sizes": {}, "model": model.state_dict()})
+    assert runtime.load_model(tmp_path / "last.pt", network).weight.equal(model.weight)
+
+
+def test_signals_are_caught_in_training_only(capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with runtime.catch_stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "stopping" in capfd.readouterr().err

@@ -263,7 +263,7 @@ def assert_same_run(a, features_a, b, features_b):
 def test_a_run_leaves_its_files(whole_run):
     folder, features, _ = whole_run
     assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "encoder.pt", "test.json", "tb_log"}
-    assert {path.name for path in features.iterdir()} == {"train_features.npy", "val_features.npy", "test_features.npy"}
+    assert {path.name for path in features.iterdir()} == {"train_features.npy", "val_features.npy", "test_features.npy", "features.json"}
     arrays = read_features(features)
     assert {split: array.shape for split, array in arrays.items()} == {"train": (24, 16), "val": (18, 16), "test": (12, 16)}
     assert all(array.dtype == np.float32 and np.isfinite(array).all() and array.std() > 0 for array in arrays.values())
@@ -296,6 +296,9 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     for split, array in read_features(features).items():
         assert (array == read_features(tmp_path / "f")[split]).all()
     assert (tmp_path / "s/test.json").read_text() == (folder / "test.json").read_text()
+    said = json.loads((features / "features.json").read_text())
+    assert said == json.loads((tmp_path / "f/features.json").read_text())
+    assert said == {"train_epochs": 3, "images_per_class": {split: 6 for split in ("train", "val", "test")}}
     result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", folder, "--feature-save-dir", tmp_path / "best")
     assert result.returncode == 0, result.stderr
     best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
