@@ -2,7 +2,7 @@
 
     python figures.py --checkpoint runs/5way/5shot_best.pt --data-dir ../data/omniglot
 
-Writes components.png, latents.png and, where metrics.jsonl lies beside the checkpoint, curves.png.
+Writes components.png, latents.png and, where a metrics.jsonl lies beside the checkpoint, curves.png.
 """
 
 import json
@@ -116,7 +116,7 @@ def main():
         components(model, x, mu, var, args.out / "components.png")
         latents(mean, before, mu, args.out / "latents.png")
         metrics = args.checkpoint.parent / "metrics.jsonl"
-        if metrics.exists():
+        if metrics.exists() and metrics.read_text():  # empty before the first validation
             curves(metrics, args.out / "curves.png")
     except (UserError, OSError) as error:
         print(f"figures.py: error: {error}", file=sys.stderr)

@@ -38,7 +38,9 @@ TRAIN = {  # name -> what differs from SHORT; a later flag overrides an earlier 
     "no-set-attention": "--no-set-attention",
     "fix-pi": "--fix-pi",
     "mc-samples-4": "--train-mc-sample-size 4",
+    "mc-samples-32": "--train-mc-sample-size 32",
 }
+CPU = [name for name in TRAIN if name != "mc-samples-32"]  # that one: 600 steps of four seconds
 
 
 def main_py(experiment, data_dir, *flags):
@@ -63,12 +65,12 @@ def test(run, variants, data_dir):
                 flags = ["--eval-only", "--checkpoint", folder / checkpoint, "--save-dir", out, "--way", args["way"], "--test-shot", *of]
                 main_py(experiment, data_dir, *flags, *variant.split())
                 cells |= json.loads(Path(out, "test.json").read_text())
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        save(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
 
 
 def train(names, data_dir):
     """The trainings of TRAIN that are not finished yet."""
-    for name in names or TRAIN:
+    for name in names or CPU:
         if not (OUT / name / "test.json").exists():
             main_py("omniglot", data_dir, "--save-dir", f"../results/ablations/{name}", "--resume", *SHORT.split(), *TRAIN[name].split())
 
@@ -82,7 +84,9 @@ def plot():
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for path in sorted(OUT.glob("omniglot-*.json")):
-        cells = json.loads(path.read_text())[WAYS]
+        cells = json.loads(path.read_text()).get(WAYS)
+        if not cells:
+            continue  # not run yet
         for axis, shot in zip(axes, (1, 5)):
             ways = [5, 10, 15, 20]
             accuracy, ci95 = ([cells[f"{way}way{shot}shot"][key] for way in ways] for key in ("accuracy", "ci95"))
@@ -90,7 +94,7 @@ def plot():
             axis.set(title=f"Omniglot, {shot}-shot test", xlabel="ways at test", xticks=ways)
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(title="trained model")
-    save(figure, OUT / "ways.png")
+    save(OUT / "ways.png", lambda temporary: figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight"))
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for name in ("kl-warmup-none", "kl-warmup-200", "as-the-others"):
@@ -104,20 +108,29 @@ def plot():
     axes[0].set(title="KL term", xlabel="step", ylabel="nats an image", ylim=(0, None))
     axes[0].legend(title="KL warm-up")
     axes[1].set(title="validation, 5-way 1-shot", xlabel="step", ylabel="accuracy, %")
-    save(figure, OUT / "kl.png")
+    save(OUT / "kl.png", lambda temporary: figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight"))
 
 
-def save(figure, path):
-    figure.savefig(path, dpi=90, bbox_inches="tight")
+def save(path, write):
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
     print(path)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("what", choices=["ways", "test", "train", "plot"], help="see above")
-    p.add_argument("names", nargs="*", help="ways, test: folders of results/; train: names of TRAIN (default: all)")
+    p.add_argument("names", nargs="*", help="ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)")
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()
+    known = sorted(TRAIN) if args.what == "train" else sorted(path.parent.name for path in RESULTS.glob("*-*/config.json"))
+    if args.what in ("ways", "test") and not args.names:
+        p.error(f"no run found, at least one of {', '.join(known)} expected")
+    for name in args.names:
+        if name not in known:
+            p.error(f"{name} found, one of {', '.join(known)} expected")
     OUT.mkdir(exist_ok=True)
     if args.what in ("ways", "test"):
         for run in args.names:

@@ -25,9 +25,16 @@ PUBLISHED = {
     ("mimgnet", 5, "5way20shot"): 63.14, ("mimgnet", 5, "5way50shot"): 68.26,
 }  # fmt: skip
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
-RECIPE = {"kl_warmup_iters": 0, "kl_weight": 1.0, "ema_decay": 0.0, "lr_schedule": "constant", "e_step": "unit"}  # the published one
-STEPS = {"omniglot": (60000, 32), "mimgnet": (15000, 256)}  # its training steps and Monte-Carlo samples
-EPOCHS = 400  # of SimCLR
+RECIPE = {  # the published one, but for its length: the defaults of main.py
+    "unsupervised_em_iters": 10, "fix_pi": False, "no_set_attention": False, "kl_warmup_iters": 0, "kl_weight": 1.0,
+    "ema_decay": 0.0, "lr_schedule": "constant", "e_step": "unit", "semisupervised_em_iters": 10,
+}  # fmt: skip
+RECIPES = {
+    "omniglot": RECIPE | {"batch_size": 4, "lr": 1e-3, "weight_decay": 1e-6, "hidden_size": 64, "latent_size": 64, "train_mc_sample_size": 32},
+    "mimgnet": RECIPE | {"batch_size": 16, "lr": 1e-4, "weight_decay": 5e-2, "hidden_size": 512, "latent_size": 32, "train_mc_sample_size": 256},
+}
+SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
+STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 
 
 def read_runs():
@@ -42,15 +49,20 @@ def read_runs():
     return runs
 
 
-def recipe(experiment, args):
+def recipe(experiment, run):
     """The published recipe, with what was run shorter, or the fast one, which has a length of its own."""
-    steps, samples = STEPS[experiment]
-    fast = args["train_mc_sample_size"] != samples or any(args[name] != value for name, value in RECIPE.items())
-    parts = [] if fast else [(args["train_iters"], steps, "steps")]
+    args = run["args"]
+    expected = RECIPES[experiment] | {"sample_size": SET_SIZES[experiment, args["way"]]}
+    changed = [name for name, value in expected.items() if args.get(name, value) != value]  # a flag newer than the run had its default
+    parts = [(args["train_iters"], STEPS[experiment], "steps")]
+    if changed == ["train_mc_sample_size"]:
+        name = f"published with {args[changed[0]]} Monte-Carlo samples"
+    else:
+        name, parts = ("fast", []) if changed else ("published", parts)
     if experiment == "mimgnet":
-        parts.append((json.loads((RESULTS / "simclr/config.json").read_text())["args"]["train_epochs"], EPOCHS, "SimCLR epochs"))
-    short = [f"{found:,} of {whole:,} {unit}" for found, whole, unit in parts if found != whole]
-    return ", ".join(["fast" if fast else "published", *short])
+        parts.append((run.get("features", {}).get("train_epochs"), EPOCHS, "SimCLR epochs"))
+    short = [f"{f'{found:,}' if found else '?'} of {whole:,} {unit}" for found, whole, unit in parts if found != whole]
+    return ", ".join([name, *short])
 
 
 def score(seeds, cell):
@@ -64,8 +76,13 @@ def score(seeds, cell):
 
 def describe(name, seeds):
     run = seeds[0]
+    length = f"{run['args']['train_epochs']} epochs" if name == "simclr" else f"{run['args']['train_iters']:,} steps"
     minutes = f" in {run['seconds'] / 60:.0f} min" if run["seconds"] else ""
-    return f"[`{name}`](results/{name if len(seeds) == 1 else ''}): {run['args']['train_iters']:,} steps{minutes}, {run['device']}"
+    return f"[`{name}`](results/{name if len(seeds) == 1 else ''}): {length}{minutes}, {device(run)}"
+
+
+def device(run):
+    return run["device"].replace(" 1 threads", " 1 thread")
 
 
 def table():
@@ -79,13 +96,12 @@ def table():
             lines.append(f"| {title} | {published:.2f} | not run | | | |")
         for name, seeds in found.items():
             mean, text = score(seeds, cell)
-            cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", recipe(experiment, seeds[0]["args"]), describe(name, seeds)]
+            cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", recipe(experiment, seeds[0]), describe(name, seeds)]
             lines.append(f"| {' | '.join(cells)} |")
-        probe = RESULTS / "simclr/test.json"
-        if experiment == "mimgnet" and probe.exists():
-            found = json.loads(probe.read_text())[cell]
-            difference = f"{found['accuracy'] - published:+.2f}"
-            lines.append(f"| {title} | {published:.2f} | {interval(found)} | {difference} | baseline: logistic regression on the features | [`simclr`](results/simclr) |")
+        if experiment == "mimgnet" and cell in runs.get("simclr", [{"test": {}}])[0]["test"]:
+            mean, text = score(runs["simclr"], cell)
+            cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", "baseline: logistic regression on the features", describe("simclr", runs["simclr"])]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -122,7 +138,8 @@ def test_ablations():
         names = list(variants[TEST[0]])
         lines = [f"`{run}`, test accuracy in %:\n", f"| flags | {' | '.join(map(readable, names))} |", "|---" * (len(names) + 1) + "|"]
         for flags in TEST:
-            lines.append(f"| {f'`{flags}`' if flags else 'none'} | {' | '.join(interval(variants[flags][name]) for name in names)} |")
+            scores = [interval(variants[flags][name]) if flags in variants else "not run" for name in names]
+            lines.append(f"| {f'`{flags}`' if flags else 'none'} | {' | '.join(scores)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -152,6 +169,13 @@ def recipe_table():
     seen = json.loads((RESULTS / "recipe/training-classes.json").read_text())
     scores = ", ".join(f"{readable(cell)} {interval(found)} %" for cell, found in seen.items())
     return "\n".join([*lines, "", f"The kept run's `5shot_best.pt`, tested on 1,292 of its own training classes: {scores}"])
+
+
+def demo():
+    """What `make demo` printed, and how long it trained."""
+    run = read_runs()["demo"][0]
+    lines = [f"test  {name:>12}  {interval(cell):>14} %  ({cell['episodes']} episodes)" for name, cell in run["test"].items()]
+    return "\n".join([f"{run['seconds']:.0f} seconds of training, {device(run)}:\n", "```", *lines, "```"])
 
 
 def speed_table(path, before=None):
@@ -219,9 +243,9 @@ def filled(text, tables):
 
 def main():
     stale, results = [], f"{table()}\n\n{ways_table()}"
-    bench = sorted((RESULTS / "bench").glob("*-threads-bf16.json"))
+    bench = [path for path in sorted((RESULTS / "bench").glob("*-threads-*.json")) if not path.stem.endswith("-before")]
     readmes = {
-        "README.md": {"results": results, "speed": "\n\n".join(map(speed_table, bench))},
+        "README.md": {"demo": demo(), "results": results, "speed": "\n\n".join(map(speed_table, bench))},
         "results/README.md": {"results": results.replace("](results/", "](")},
         "results/recipe/README.md": {"results": recipe_table()},
         "results/ablations/README.md": {"results": f"{test_ablations()}\n\n{train_ablations()}"},
