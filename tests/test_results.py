@@ -6,10 +6,11 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, load, needs_shared_data, run
+from conftest import ROOT, load, needs_shared_data, run, shared_data
 
 RUNS = sorted(path.parent for path in (ROOT / "results").glob("*-*/test.json"))
 OMNIGLOT = [path for path in RUNS if path.name.startswith("omniglot-")]
@@ -58,14 +59,34 @@ def test_a_run_says_how_it_was_made(folder):
         assert torch.load(checkpoint, weights_only=True).keys() == {"model", "sizes", "step", "validation"}
 
 
+def assert_same_test(folder, out):
+    """The same cells from the same episodes, so that only rounding may differ."""
+    said, again = (json.loads((place / "test.json").read_text()) for place in (folder, out))
+    assert again and all(again[name]["episodes"] == said[name]["episodes"] for name in again)
+    for name in again:
+        assert abs(again[name]["accuracy"] - said[name]["accuracy"]) < 0.05, name
+
+
 @needs_shared_data
 @pytest.mark.parametrize("folder", OMNIGLOT, ids=lambda path: path.name)
-def test_its_checkpoint_scores_what_it_says(folder, omniglot_dir, tmp_path):
-    """The one-shot cell again, from the checkpoint: the same episodes, so only rounding may differ."""
-    config = json.loads((folder / "config.json").read_text())["args"]
-    flags = ["--way", config["way"], "--test-shot", 1, "--eval-only", "--checkpoint", folder / "1shot_best.pt"]
+def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
+    shots = [1] if "20way" in folder.name else [1, 5]  # twenty ways take a minute for each
+    flags = ["--eval-only", "--checkpoint", folder, "--test-shot", *shots]
     result = run("omniglot", "--data-dir", omniglot_dir, "--save-dir", tmp_path / "eval", *flags, timeout=300)
     assert result.returncode == 0, result.stderr
-    (name, again), = json.loads((tmp_path / "eval/test.json").read_text()).items()
-    said = json.loads((folder / "test.json").read_text())[name]
-    assert again["episodes"] == said["episodes"] and abs(again["accuracy"] - said["accuracy"]) < 0.05
+    assert_same_test(folder, tmp_path / "eval")
+
+
+@needs_shared_data
+def test_the_encoder_makes_the_features_that_were_tested(tmp_path):
+    """From the real test images through results/simclr/encoder.pt to the one-shot accuracy of the Mini-ImageNet run."""
+    prepare = load("data/imgnet", "prepare")
+    rows, (found, _) = prepare.read_csv(shared_data / "imgnet/test.csv"), prepare.find_images(shared_data / "imgnet")
+    images = torch.from_numpy(np.stack([prepare.decode(found[filename]) for filename, _ in rows])).unflatten(0, (20, 600))
+    encoder = load("simclr", "runtime").load_model(ROOT / "results/simclr/encoder.pt", load("simclr", "model").Encoder)
+    np.save(tmp_path / "test_features.npy", load("simclr", "main").encode_all(encoder, images).flatten(0, 1).numpy())
+    folder = ROOT / "results/mimgnet-5way-fast"
+    flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1]
+    result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / "eval", *flags, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert_same_test(folder, tmp_path / "eval")
