@@ -190,8 +190,15 @@ def write_all(out, files, classes):
             os.replace(f"{folder}/{name}", out / name)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says an error in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     here = Path(__file__).resolve().parent
     parser.add_argument("--source", type=Path, required=True, help="folder with train.csv, val.csv, test.csv and images/ or zips of it")
     parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
