@@ -56,6 +56,7 @@ def parse_args(argv=None):
     g.add_argument("--sample-size", type=count, default=5, help="images a set")
     g.add_argument("--train-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image in training")
     g.add_argument("--unsupervised-em-iters", type=natural, default=10, help="EM iterations on each training set")
+    g.add_argument("--em-start", choices=["samples", "images"], default="samples", help="where it starts: any samples (published), or those of different images")
     g.add_argument("--fix-pi", action="store_true", help="keep the mixture weights uniform in training")
     g.add_argument("--train-iters", type=count, default=15000, help="training steps")
     g.add_argument("--lr", type=rate, default=1e-4, help="Adam's learning rate")
@@ -172,7 +173,7 @@ def train_step(model, optimizer, x, step, args, generator):
     """One step of Adam on the negative evidence lower bound; returns its terms (reconstruction, KL), on the device."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    reconstruction, kl = loss_terms(model, x, args.train_mc_sample_size, args.way, args.unsupervised_em_iters, args.fix_pi, generator)
+    reconstruction, kl = loss_terms(model, x, args.train_mc_sample_size, args.way, args.unsupervised_em_iters, args.fix_pi, generator, args.em_start)
     optimizer.zero_grad()
     (reconstruction + kl_weight(step, args) * kl).backward()
     optimizer.step()

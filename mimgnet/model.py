@@ -48,15 +48,17 @@ def m_step(z, resp, mu):
 
 
 @torch.no_grad()
-def fit_prior(z, components, iters, fix_pi=False, generator=None):
+def fit_prior(z, components, iters, fix_pi=False, generator=None, start="samples"):
     """Unsupervised EM with identity covariance: the prior psi* = (pi, mu) of each set.
 
     z (B, M, S, D) -> pi (B, K), mu (B, K, D), fitted to the M S samples of each set. Starts from uniform pi and K random
-    samples, of K images where there are as many; constants for the gradient (paper, section on the meta-training EM).
+    "samples" (released code), or samples of K "images" where there are as many; constants for the gradient (paper, section
+    on the meta-training EM).
     """
     B, M, S, D = z.shape
     draw = torch.rand(B, M, S, device=z.device, generator=generator)
-    draw = torch.where(draw < draw.amax(-1, keepdim=True), draw - 1, draw)  # no image gives a second sample before each has given one
+    if start == "images":  # none gives a second sample before each has given one
+        draw = torch.where(draw < draw.amax(-1, keepdim=True), draw - 1, draw)
     first, z = draw.flatten(1).topk(components, dim=-1).indices, z.flatten(1, 2)
     mu = z.gather(1, first.unsqueeze(-1).expand(-1, -1, D))
     uniform = pi = z.new_full((B, components), 1 / components)
@@ -191,7 +193,7 @@ class GMVAE(nn.Module):
             return self.decoder(z).float()
 
 
-def loss_terms(model, x, samples, components, em_iters, fix_pi=False, generator=None):
+def loss_terms(model, x, samples, components, em_iters, fix_pi=False, generator=None, start="samples"):
     """Both terms of the negative evidence lower bound, an image; their sum is the objective.
 
     x (B, M, width) -> (-E log p(x|z), E[log q(z|x,X) - log p_psi*(z)]), means over images and Monte-Carlo
@@ -202,7 +204,7 @@ def loss_terms(model, x, samples, components, em_iters, fix_pi=False, generator=
     mean, log_var = model.posterior(x)
     noise = torch.randn(B, M, samples, mean.shape[-1], device=x.device, generator=generator)
     z = sample_posterior(mean, log_var, noise)  # (B, M, S, D)
-    pi, mu = fit_prior(z.detach(), components, em_iters, fix_pi, generator)
+    pi, mu = fit_prior(z.detach(), components, em_iters, fix_pi, generator, start)
     kl = log_posterior(log_var, noise).mean() - log_prior(z.flatten(1, 2), pi, mu).mean()
     y = model.decode(z.flatten(0, 2)).view(B, M, samples, -1)
     squared_error = F.mse_loss(y, x.unsqueeze(2).expand_as(y), reduction="sum")

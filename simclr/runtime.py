@@ -230,6 +230,8 @@ def open_folder(save_dir, config, resume, free):
     a resumed one would train something else.
     """
     before = read_config(save_dir)
+    if not before and (save_dir / "last.pt").exists():
+        raise UserError(f"{save_dir}: last.pt found without its config.json, an empty folder or a whole run expected")
     if before and not resume:
         raise UserError(f"{save_dir}: holds another run (config.json), an empty folder expected; --resume continues it")
     if before:

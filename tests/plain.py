@@ -37,8 +37,10 @@ def m_step(z, resp):
     return weight / weight.sum(-1, keepdim=True), mu
 
 
-def starting_samples(draws, K):
-    """Indices (B, K) of the samples that EM starts from, each of another image: uniform draws (B, M, S), K at most M."""
+def starting_samples(draws, K, start="samples"):
+    """Indices (B, K) of the samples that EM starts from, by uniform draws (B, M, S); from "images", each of another one, K at most M."""
+    if start == "samples":
+        return draws.flatten(1).topk(K).indices
     images = draws.amax(-1).topk(K).indices
     return images * draws.shape[-1] + draws.argmax(-1).gather(-1, images)
 

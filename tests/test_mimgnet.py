@@ -104,9 +104,9 @@ def test_bf16_stays_close_and_the_mixture_float32():
 def test_published_defaults():
     args = vars(main.parse_args([]))
     published = dict(
-        batch_size=16, sample_size=5, train_iters=15000, freq_iters=1000, latent_size=32, hidden_size=512, images_per_class=600,
+        batch_size=16, sample_size=5, train_iters=15000, freq_iters=1000, latent_size=32, hidden_size=512,
         train_mc_sample_size=256, test_mc_sample_size=256, way=5, shot=1, query=15, lr=1e-4, weight_decay=5e-2,
-        unsupervised_em_iters=10, semisupervised_em_iters=10, fix_pi=False, eval_episodes=1000, test_shot=[1, 5, 20, 50], test_way=[5],
+        unsupervised_em_iters=10, semisupervised_em_iters=10, fix_pi=False, em_start="samples", eval_episodes=1000, test_shot=[1, 5, 20, 50], test_way=[5],
         e_step="unit", kl_warmup_iters=0, kl_weight=1.0, lr_schedule="constant", ema_decay=0.0,
     )  # fmt: skip
     assert {name: args[name] for name in published} == published

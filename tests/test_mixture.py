@@ -37,32 +37,37 @@ def test_m_step():
         torch.testing.assert_close((new_pi[b], new_mu[b]), expected)
 
 
+@pytest.mark.parametrize("start", ["samples", "images"])
 @pytest.mark.parametrize("fix_pi", [False, True])
 @pytest.mark.parametrize("iters", [0, 1, 10])
-def test_fit_prior(iters, fix_pi):
+def test_fit_prior(iters, fix_pi, start):
     z = random_mixture(2)[0]
-    pi, mu = model.fit_prior(z.unflatten(1, (8, 5)), 4, iters, fix_pi, torch.Generator().manual_seed(7))
-    first = plain.starting_samples(torch.rand(3, 8, 5, generator=torch.Generator().manual_seed(7)), 4)
+    pi, mu = model.fit_prior(z.unflatten(1, (8, 5)), 4, iters, fix_pi, torch.Generator().manual_seed(7), start)
+    first = plain.starting_samples(torch.rand(3, 8, 5, generator=torch.Generator().manual_seed(7)), 4, start)
     for b in range(len(z)):
+        assert len(z[b, first[b]].unique(dim=0)) == 4
         torch.testing.assert_close((pi[b], mu[b]), plain.fit_prior(z[b], z[b, first[b]], iters, fix_pi))
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), M=st.integers(1, 9), S=st.integers(1, 5), data=st.data())
-def test_em_starts_at_samples_of_different_images(seed, M, S, data):
-    """K distinct samples, of as many images as there are: no image twice before each has been taken once."""
+def test_em_starts_at_distinct_samples_or_images(seed, M, S, data):
+    """K distinct samples; from "images", of as many images as there are: none twice before each has been taken once."""
     K = data.draw(st.integers(1, M * S))
     z = torch.arange(2 * M * S, dtype=torch.float64).view(2, M, S, 1)
-    mu = model.fit_prior(z, K, 0, generator=torch.Generator().manual_seed(seed))[1]
-    for found, images in zip(mu.squeeze(-1), z.squeeze(-1)):
-        assert len(found.unique()) == K
-        assert len({int((images == sample).any(-1).nonzero()) for sample in found}) == min(K, M)
+    for start in ("samples", "images"):
+        mu = model.fit_prior(z, K, 0, generator=torch.Generator().manual_seed(seed), start=start)[1]
+        for found, images in zip(mu.squeeze(-1), z.squeeze(-1)):
+            assert len(found.unique()) == K
+            of = {int((images == sample).any(-1).nonzero()) for sample in found}
+            assert len(of) == min(K, M) or start == "samples"
 
 
-def test_em_starts_anywhere():
+@pytest.mark.parametrize("start", ["samples", "images"])
+def test_em_starts_anywhere(start):
     """Every sample of every image is as likely as any other."""
     z = torch.arange(12.0).view(1, 4, 3, 1).expand(3000, -1, -1, -1)
-    mu = model.fit_prior(z, 2, 0, generator=torch.Generator().manual_seed(0))[1]
+    mu = model.fit_prior(z, 2, 0, generator=torch.Generator().manual_seed(0), start=start)[1]
     times = torch.bincount(mu.flatten().long(), minlength=12)
     assert (times - 500).abs().max() < 100  # 4.5 standard deviations
 

@@ -261,6 +261,9 @@ def test_a_damaged_run_is_not_resumed(whole_run, tmp_path):
         fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), name, words)
     torch.save({"step": 3}, copy / "last.pt")
     fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), "last.pt", "not a checkpoint of this run")
+    (copy / "config.json").rename(tmp_path / "aside")
+    fails(run("omniglot", "--save-dir", copy, *flags), copy, "last.pt found without")
+    (tmp_path / "aside").rename(copy / "config.json")
     (copy / "last.pt").unlink()  # as in results/, where it is too large to keep: to start again would overwrite them
     before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
     fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), "last.pt", "not found")
