@@ -31,7 +31,8 @@ TEST = [
     "--no-set-attention",
 ]  # fmt: skip
 SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 600 --train-iters 600 --freq-iters 150 --ema-decay 0.98"
-TRAIN = {  # name -> what differs from SHORT; a later flag overrides an earlier one
+MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet-5way-fast, with which to compare
+TRAIN = {  # name -> what differs from SHORT or, for Mini-ImageNet, from MINI; a later flag overrides an earlier one
     "as-the-others": "",
     "kl-warmup-none": "--kl-warmup-iters 0",
     "kl-warmup-200": "--kl-warmup-iters 200",
@@ -39,6 +40,7 @@ TRAIN = {  # name -> what differs from SHORT; a later flag overrides an earlier 
     "fix-pi": "--fix-pi",
     "mc-samples-4": "--train-mc-sample-size 4",
     "mc-samples-32": "--train-mc-sample-size 32",
+    "mimgnet-em-start-images": "--em-start images",
 }
 CPU = [name for name in TRAIN if name != "mc-samples-32"]  # that one: 600 steps of four seconds
 
@@ -72,7 +74,8 @@ def train(names, data_dir):
     """The trainings of TRAIN that are not finished yet."""
     for name in names or CPU:
         if not (OUT / name / "test.json").exists():
-            main_py("omniglot", data_dir, "--save-dir", f"../results/ablations/{name}", "--resume", *SHORT.split(), *TRAIN[name].split())
+            experiment, flags = ("mimgnet", MINI) if name.startswith("mimgnet-") else ("omniglot", SHORT)
+            main_py(experiment, data_dir, "--save-dir", f"../results/ablations/{name}", "--resume", *flags.split(), *TRAIN[name].split())
 
 
 def plot():

@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from ablations import SHORT, TEST, TRAIN, WAYS
+from ablations import MINI, SHORT, TEST, TRAIN, WAYS
 
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
@@ -26,7 +26,7 @@ PUBLISHED = {
 }  # fmt: skip
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
 RECIPE = {  # the published one, but for its length: the defaults of main.py
-    "unsupervised_em_iters": 10, "fix_pi": False, "no_set_attention": False, "kl_warmup_iters": 0, "kl_weight": 1.0,
+    "unsupervised_em_iters": 10, "em_start": "samples", "fix_pi": False, "no_set_attention": False, "kl_warmup_iters": 0, "kl_weight": 1.0,
     "ema_decay": 0.0, "lr_schedule": "constant", "e_step": "unit", "semisupervised_em_iters": 10,
 }  # fmt: skip
 RECIPES = {
@@ -148,6 +148,8 @@ def train_ablations():
     """Short trainings with one thing changed: what `results/ablations.py train` has left."""
     lines = ["| changed | test 5-way 1-shot | test 5-way 5-shot | reconstruction | KL | minutes |", "|---|---|---|---|---|---|"]
     for name, flags in TRAIN.items():
+        if name.startswith("mimgnet-"):
+            continue
         folder, changed = RESULTS / "ablations" / name, f"`{flags}`" if flags else "nothing"
         if not (folder / "test.json").exists():
             lines.append(f"| {changed} | not run | | | | |")
@@ -156,7 +158,20 @@ def train_ablations():
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         scores = " | ".join(interval(cells[cell]) for cell in ("5way1shot", "5way5shot"))
         lines.append(f"| {changed} | {scores} | {last['reconstruction']:.0f} | {last['kl']:.1f} | {last['seconds'] / 60:.0f} |")
-    return f"Every training: `{SHORT}`, and\n\n" + "\n".join(lines)
+    return f"Every training on Omniglot: `{SHORT}`, and\n\n" + "\n".join(lines)
+
+
+def mini_ablations():
+    """The trainings on Mini-ImageNet beside the run that they change."""
+    names, lines = ("5way1shot", "5way5shot", "5way20shot", "5way50shot"), []
+    lines += [f"| changed | {' | '.join(map(readable, names))} | reconstruction | KL |", "|---" * (len(names) + 3) + "|"]
+    for folder, changed in [(RESULTS / "mimgnet-5way-fast", "nothing"), *((RESULTS / "ablations" / name, f"`{flags}`") for name, flags in TRAIN.items())]:
+        if folder.name.startswith("mimgnet-") and (folder / "test.json").exists():
+            cells = json.loads((folder / "test.json").read_text())
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            scores = " | ".join(interval(cells[name]) for name in names)
+            lines.append(f"| {changed} | {scores} | {last['reconstruction']:.0f} | {last['kl']:.1f} |")
+    return f"On Mini-ImageNet, `{MINI}`, test accuracy in %, and\n\n" + "\n".join(lines)
 
 
 def recipe_table():
@@ -248,7 +263,7 @@ def main():
         "README.md": {"demo": demo(), "results": results, "speed": "\n\n".join(map(speed_table, bench))},
         "results/README.md": {"results": results.replace("](results/", "](")},
         "results/recipe/README.md": {"results": recipe_table()},
-        "results/ablations/README.md": {"results": f"{test_ablations()}\n\n{train_ablations()}"},
+        "results/ablations/README.md": {"results": f"{test_ablations()}\n\n{train_ablations()}\n\n{mini_ablations()}"},
         "results/bench/README.md": {"results": speed_tables()},
     }
     for name, tables in readmes.items():
