@@ -38,13 +38,13 @@ def test_the_ablations_are_flags():
     sys.path.insert(0, str(ROOT / "results"))
     import ablations
 
-    parse = load("omniglot", "main").parse_args
+    parsers = {experiment: load(experiment, "main").parse_args for experiment in ("omniglot", "mimgnet")}
     for flags in [ablations.WAYS, *ablations.TEST]:
-        parse(flags.split())
-    short = vars(parse(ablations.SHORT.split()))
+        parsers["omniglot"](flags.split())
     for name, flags in ablations.TRAIN.items():
-        changed = {key for key, value in vars(parse([*ablations.SHORT.split(), *flags.split()])).items() if value != short[key]}
-        assert len(changed) == (1 if flags else 0), name
+        experiment, base = ("mimgnet", ablations.MINI) if name.startswith("mimgnet-") else ("omniglot", ablations.SHORT)
+        before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
+        assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
