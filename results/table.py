@@ -78,7 +78,7 @@ def describe(name, seeds):
     run = seeds[0]
     length = f"{run['args']['train_epochs']} epochs" if name == "simclr" else f"{run['args']['train_iters']:,} steps"
     minutes = f" in {run['seconds'] / 60:.0f} min" if run["seconds"] else ""
-    return f"[`{name}`](results/{name if len(seeds) == 1 else ''}): {length}{minutes}, {device(run)}"
+    return f"[`{name}`](results/{name}): {length}{minutes}, {device(run)}"
 
 
 def device(run):
