@@ -10,7 +10,6 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors; torch reads it at its first allocation
 
-import json
 import math
 import sys
 import time
@@ -25,7 +24,7 @@ from dataloader import check_episodes, check_width, draw_episodes, draw_sets, lo
 from model import GMVAE, classify, loss_terms, sample_posterior
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_text,
+    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_metrics,
 )  # fmt: skip
 
 IMAGES_PER_CLASS = 600  # of Mini-ImageNet
@@ -180,11 +179,6 @@ def train_step(model, optimizer, x, step, args, generator):
     return reconstruction, kl
 
 
-def write_metrics(history, args):
-    """metrics.jsonl: a line for each validation."""
-    write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-
-
 def validate(model, images, step, history, args):
     """One line of metrics; the model becomes `best.pt` if it is the best so far."""
     results = evaluate_split(model, images, [args.way], [args.shot], VALIDATION_SEED, args)
@@ -213,7 +207,7 @@ def train(splits, device, bf16, stop, args):
         check_width(args.data_dir, "train", splits["train"], checkpoint["sizes"]["feature_size"], last)
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
-        write_metrics(progress["history"], args)  # a kill may have come between the two files
+        write_metrics(args.save_dir, progress["history"])  # a kill may have come between the two files
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
@@ -249,7 +243,7 @@ def train(splits, device, bf16, stop, args):
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes})
-            write_metrics(history, args)
+            write_metrics(args.save_dir, history)
             saved = time.monotonic()
         if stopping:
             break
@@ -260,15 +254,16 @@ def train(splits, device, bf16, stop, args):
         sys.exit(128 + stop[0])
 
 
-def load_splits(args):
-    """The arrays this run needs, checked against its flags, {split: tensor}. Raises UserError."""
+def load_splits(args, described):
+    """The arrays this run needs, checked against its flags, {split: tensor}; `described` from `read_description`. Raises UserError."""
     names = ["test"] if args.eval_only else ["train", "val", "test"]
-    described = read_description(args.data_dir).get("images_per_class", {})
+    splits = {}
     for name in names:
-        expected = described.get(name, args.images_per_class)
-        if args.images_per_class and args.images_per_class != expected:
-            raise UserError(f"--images-per-class: {args.images_per_class} found, {expected} expected as {args.data_dir / 'features.json'} says")
-    splits = {name: load_split(args.data_dir, name, args.images_per_class or described.get(name, IMAGES_PER_CLASS)) for name in names}
+        found = args.images_per_class or IMAGES_PER_CLASS
+        expected = described.get("images_per_class", {}).get(name, found)
+        if args.images_per_class and found != expected:
+            raise UserError(f"--images-per-class: {found} found, {expected} expected as {args.data_dir / 'features.json'} says")
+        splits[name] = load_split(args.data_dir, name, expected)
     check_episodes(args.data_dir, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if not args.eval_only:
         for name in ("val", "test"):
@@ -293,8 +288,9 @@ def main():
             path = best_checkpoint(args)
             width = load_model(path, GMVAE).sizes["feature_size"]  # refused before anything is written
             args.test_way = args.test_way or [validated_way(path) or args.way]
-        splits = {name: images.to(device) for name, images in load_splits(args).items()}
-        run = describe_run(args, device, bf16) | {"features": read_description(args.data_dir)}
+        described = read_description(args.data_dir)
+        splits = {name: images.to(device) for name, images in load_splits(args, described).items()}
+        run = describe_run(args, device, bf16) | {"features": described}
         if args.eval_only:
             check_width(args.data_dir, "test", splits["test"], width, path)
             open_test_folder(args.save_dir, run)

@@ -10,7 +10,6 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors; torch reads it at its first allocation
 
-import json
 import math
 import sys
 import time
@@ -25,7 +24,7 @@ from dataloader import as_float, check_episodes, draw_episodes, draw_sets, load_
 from model import GMVAE, classify, loss_terms, sample_posterior
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_text,
+    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_metrics,
 )  # fmt: skip
 
 VALIDATION_SHOTS = (1, 5)
@@ -189,11 +188,6 @@ def train_step(model, optimizer, x, step, args, generator):
     return reconstruction, kl
 
 
-def write_metrics(history, args):
-    """metrics.jsonl: a line for each validation."""
-    write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-
-
 def validate(model, images, step, history, args):
     """One line of metrics; the model becomes `<shot>shot_best.pt` for each shot at which it is the best so far."""
     results = evaluate_split(model, images, [args.way], VALIDATION_SHOTS, VALIDATION_SEED, args)
@@ -222,7 +216,7 @@ def train(splits, device, bf16, stop, args):
         checkpoint = load_checkpoint(last)
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
-        write_metrics(progress["history"], args)  # a kill may have come between the two files
+        write_metrics(args.save_dir, progress["history"])  # a kill may have come between the two files
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
@@ -258,7 +252,7 @@ def train(splits, device, bf16, stop, args):
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes})
-            write_metrics(history, args)
+            write_metrics(args.save_dir, history)
             saved = time.monotonic()
         if stopping:
             break

@@ -137,6 +137,11 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def write_metrics(save_dir, history):
+    """metrics.jsonl: a line for each validation."""
+    write_text(save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
 def save_checkpoint(path, checkpoint):
     try:
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))

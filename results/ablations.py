@@ -56,17 +56,13 @@ def main_py(experiment, data_dir, *flags):
 
 def test(run, variants, data_dir):
     """The checkpoints of results/<run> with every one of some flags, on the same test episodes."""
-    folder, experiment, path = RESULTS / run, run.split("-")[0], OUT / f"{run}.json"
-    args = json.loads((folder / "config.json").read_text())["args"]
-    shots = {"1shot_best.pt": [1], "5shot_best.pt": [5]} if experiment == "omniglot" else {"best.pt": [1, 5]}
+    path = OUT / f"{run}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for variant in variants:
-        cells = results[variant] = {}
-        for checkpoint, of in shots.items():
-            with tempfile.TemporaryDirectory() as out:
-                flags = ["--eval-only", "--checkpoint", folder / checkpoint, "--save-dir", out, "--way", args["way"], "--test-shot", *of]
-                main_py(experiment, data_dir, *flags, *variant.split())
-                cells |= json.loads(Path(out, "test.json").read_text())
+        with tempfile.TemporaryDirectory() as out:
+            flags = ["--eval-only", "--checkpoint", RESULTS / run, "--save-dir", out, "--test-shot", 1, 5]
+            main_py(run.split("-")[0], data_dir, *flags, *variant.split())
+            results[variant] = json.loads(Path(out, "test.json").read_text())
         save(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
 
 
@@ -97,7 +93,7 @@ def plot():
             axis.set(title=f"Omniglot, {shot}-shot test", xlabel="ways at test", xticks=ways)
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(title="trained model")
-    save(OUT / "ways.png", lambda temporary: figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight"))
+    save_figure(OUT / "ways.png", figure)
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for name in ("kl-warmup-none", "kl-warmup-200", "as-the-others"):
@@ -111,7 +107,7 @@ def plot():
     axes[0].set(title="KL term", xlabel="step", ylabel="nats an image", ylim=(0, None))
     axes[0].legend(title="KL warm-up")
     axes[1].set(title="validation, 5-way 1-shot", xlabel="step", ylabel="accuracy, %")
-    save(OUT / "kl.png", lambda temporary: figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight"))
+    save_figure(OUT / "kl.png", figure)
 
 
 def save(path, write):
@@ -122,13 +118,17 @@ def save(path, write):
     print(path)
 
 
+def save_figure(path, figure):
+    save(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight"))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("what", choices=["ways", "test", "train", "plot"], help="see above")
     p.add_argument("names", nargs="*", help="ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)")
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()
-    known = sorted(TRAIN) if args.what == "train" else sorted(path.parent.name for path in RESULTS.glob("*-*/config.json"))
+    known = sorted(TRAIN) if args.what == "train" else sorted(path.parent.name for name in DATA for path in RESULTS.glob(f"{name}-*/config.json"))
     if args.what in ("ways", "test") and not args.names:
         p.error(f"no run found, at least one of {', '.join(known)} expected")
     for name in args.names:

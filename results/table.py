@@ -76,7 +76,7 @@ def score(seeds, cell):
 
 def describe(name, seeds):
     run = seeds[0]
-    length = f"{run['args']['train_epochs']} epochs" if name == "simclr" else f"{run['args']['train_iters']:,} steps"
+    length = f"{run['args']['train_epochs']} epochs" if name.startswith("simclr") else f"{run['args']['train_iters']:,} steps"
     minutes = f" in {run['seconds'] / 60:.0f} min" if run["seconds"] else ""
     return f"[`{name}`](results/{name}): {length}{minutes}, {device(run)}"
 
@@ -94,13 +94,13 @@ def table():
         found = {name: s for name, s in runs.items() if name.startswith(f"{experiment}-") and s[0]["args"]["way"] == way and all(cell in run["test"] for run in s)}
         if not found:
             lines.append(f"| {title} | {published:.2f} | not run | | | |")
-        for name, seeds in found.items():
+        rows = [(name, seeds, recipe(experiment, seeds[0])) for name, seeds in found.items()]
+        if experiment == "mimgnet":
+            baselines = {name: s for name, s in runs.items() if name.startswith("simclr") and all(cell in run["test"] for run in s)}
+            rows += [(name, seeds, "baseline: logistic regression on the features") for name, seeds in baselines.items()]
+        for name, seeds, made_by in rows:
             mean, text = score(seeds, cell)
-            cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", recipe(experiment, seeds[0]), describe(name, seeds)]
-            lines.append(f"| {' | '.join(cells)} |")
-        if experiment == "mimgnet" and cell in runs.get("simclr", [{"test": {}}])[0]["test"]:
-            mean, text = score(runs["simclr"], cell)
-            cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", "baseline: logistic regression on the features", describe("simclr", runs["simclr"])]
+            cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", made_by, describe(name, seeds)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -145,33 +145,25 @@ def test_ablations():
 
 
 def train_ablations():
-    """Short trainings with one thing changed: what `results/ablations.py train` has left."""
-    lines = ["| changed | test 5-way 1-shot | test 5-way 5-shot | reconstruction | KL | minutes |", "|---|---|---|---|---|---|"]
+    """Trainings with one thing changed: what `results/ablations.py train` has left, for each experiment."""
+    rows = {"omniglot": [], "mimgnet": [(RESULTS / "mimgnet-5way-fast", "")]}  # (folder, changed flags)
     for name, flags in TRAIN.items():
-        if name.startswith("mimgnet-"):
-            continue
-        folder, changed = RESULTS / "ablations" / name, f"`{flags}`" if flags else "nothing"
-        if not (folder / "test.json").exists():
-            lines.append(f"| {changed} | not run | | | | |")
-            continue
-        cells = json.loads((folder / "test.json").read_text())
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        scores = " | ".join(interval(cells[cell]) for cell in ("5way1shot", "5way5shot"))
-        lines.append(f"| {changed} | {scores} | {last['reconstruction']:.0f} | {last['kl']:.1f} | {last['seconds'] / 60:.0f} |")
-    return f"Every training on Omniglot: `{SHORT}`, and\n\n" + "\n".join(lines)
-
-
-def mini_ablations():
-    """The trainings on Mini-ImageNet beside the run that they change."""
-    names, lines = ("5way1shot", "5way5shot", "5way20shot", "5way50shot"), []
-    lines += [f"| changed | {' | '.join(map(readable, names))} | reconstruction | KL |", "|---" * (len(names) + 3) + "|"]
-    for folder, changed in [(RESULTS / "mimgnet-5way-fast", "nothing"), *((RESULTS / "ablations" / name, f"`{flags}`") for name, flags in TRAIN.items())]:
-        if folder.name.startswith("mimgnet-") and (folder / "test.json").exists():
-            cells = json.loads((folder / "test.json").read_text())
-            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            scores = " | ".join(interval(cells[name]) for name in names)
-            lines.append(f"| {changed} | {scores} | {last['reconstruction']:.0f} | {last['kl']:.1f} |")
-    return f"On Mini-ImageNet, `{MINI}`, test accuracy in %, and\n\n" + "\n".join(lines)
+        rows["mimgnet" if name.startswith("mimgnet-") else "omniglot"].append((RESULTS / "ablations" / name, flags))
+    parts = []
+    for (experiment, folders), base, shots in zip(rows.items(), (SHORT, MINI), ((1, 5), (1, 5, 20, 50))):
+        names = [f"5way{shot}shot" for shot in shots]
+        lines = [f"Every training on {NAMES[experiment]}: `{base}`, test accuracy in %, and\n"]
+        lines += [f"| changed | {' | '.join(map(readable, names))} | reconstruction | KL | minutes |", "|---" * (len(names) + 4) + "|"]
+        for folder, flags in folders:
+            cells = ["not run", *[""] * (len(names) + 2)]
+            if (folder / "test.json").exists():
+                scores = json.loads((folder / "test.json").read_text())
+                last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+                cells = [interval(scores[name]) for name in names]
+                cells += [f"{last['reconstruction']:.0f}", f"{last['kl']:.1f}", f"{last['seconds'] / 60:.0f}"]
+            lines.append(f"| {f'`{flags}`' if flags else 'nothing'} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def recipe_table():
@@ -263,7 +255,7 @@ def main():
         "README.md": {"demo": demo(), "results": results, "speed": "\n\n".join(map(speed_table, bench))},
         "results/README.md": {"results": results.replace("](results/", "](")},
         "results/recipe/README.md": {"results": recipe_table()},
-        "results/ablations/README.md": {"results": f"{test_ablations()}\n\n{train_ablations()}\n\n{mini_ablations()}"},
+        "results/ablations/README.md": {"results": f"{test_ablations()}\n\n{train_ablations()}"},
         "results/bench/README.md": {"results": speed_tables()},
     }
     for name, tables in readmes.items():

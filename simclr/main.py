@@ -2,16 +2,15 @@
 
     python main.py --data-dir ../data/imgnet --save-dir runs/simclr --feature-save-dir ../data/imgnet
 
-The published recipe is the default. `--feature-save-dir` receives train_features.npy, val_features.npy and
-test_features.npy, and features.json, which says what made them; `--save-dir` config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and,
-with --probe, test.json. README.md has the data and the results.
+The published recipe is the default. `--feature-save-dir` receives train_features.npy, val_features.npy, test_features.npy
+and features.json, which says what made them; `--save-dir` config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the
+exported one), tb_log/ and, with --probe, test.json. README.md has the data and the results.
 """
 
 import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors; torch reads it at its first allocation
 
-import json
 import math
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from dataloader import check_episodes, contact_sheet, draw_episodes, epoch_order
 from model import Encoder, nt_xent, projection_head
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_text,
+    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_metrics,
 )  # fmt: skip
 
 SPLITS = ("train", "val", "test")
@@ -205,11 +204,6 @@ def train_step(encoder, projection, optimizer, x, rate, temperature):
     return loss
 
 
-def write_metrics(history, args):
-    """metrics.jsonl: a line for each validation."""
-    write_text(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-
-
 def validate(encoder, images, epoch, step, history, args):
     """One line of metrics from labels that training never sees; the encoder becomes best.pt if it is the best so far."""
     features = encode_all(encoder, images)
@@ -238,7 +232,7 @@ def train(splits, device, bf16, stop, args):
         checkpoint = load_checkpoint(last)
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
-        write_metrics(progress["history"], args)  # a kill may have come between the two files
+        write_metrics(args.save_dir, progress["history"])  # a kill may have come between the two files
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
@@ -276,7 +270,7 @@ def train(splits, device, bf16, stop, args):
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history, "sizes": encoder.sizes, "epoch": step // steps}
             save_checkpoint(last, snapshot(parts) | progress)
-            write_metrics(history, args)
+            write_metrics(args.save_dir, history)
             saved = time.monotonic()
         if stopping:
             break

@@ -12,8 +12,8 @@ import torch
 
 from conftest import ROOT, load, needs_shared_data, run, shared_data
 
-RUNS = sorted(path.parent for path in (ROOT / "results").glob("*-*/test.json"))
-OMNIGLOT = [path for path in RUNS if path.name.startswith("omniglot-")]
+OMNIGLOT, MIMGNET = (sorted(path.parent for path in (ROOT / "results").glob(f"{name}-*/test.json")) for name in ("omniglot", "mimgnet"))
+RUNS = OMNIGLOT + MIMGNET
 
 
 def test_tables_agree_with_results():
