@@ -1,0 +1,293 @@
+"""SimCLR's program as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+import conftest
+from conftest import ROOT, fails, load, needs_shared_data, shared_data
+from test_imgnet import make_source
+
+data, model = load("simclr", "dataloader"), load("simclr", "model")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads would only wait for each other over models this small
+TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --way 2 --query 1 --eval-episodes 6 --test-shot 1 2".split()
+
+
+def run(folder, *args, **options):
+    return conftest.run(folder, *args, env=ONE_THREAD, **options)
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("simclr") / "source"
+    make_source(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_dir(source_dir):
+    out = source_dir.parent / "prepared"
+    result = run("data/imgnet", "--source", source_dir, "--out", out, script="prepare.py")
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_dir, tmp_path_factory):
+    """A finished tiny run with its probe: (its folder, its features' folder, its flags)."""
+    place = tmp_path_factory.mktemp("run")
+    result = run("simclr", "--data-dir", data_dir, "--save-dir", place / "whole", "--feature-save-dir", place / "features", "--probe", *TINY)
+    assert result.returncode == 0, result.stderr
+    return place / "whole", place / "features", ["--data-dir", data_dir, *TINY]
+
+
+def metrics(folder):
+    """metrics.jsonl without the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def read_features(folder):
+    return {split: np.load(folder / f"{split}_features.npy", allow_pickle=False) for split in ("train", "val", "test")}
+
+
+def assert_same_run(a, features_a, b, features_b):
+    assert metrics(a) == metrics(b)
+    for name in ("last.pt", "best.pt", "encoder.pt"):
+        ours, theirs = (torch.load(folder / name, weights_only=True)["model"] for folder in (a, b))
+        assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours), name
+    for split, array in read_features(features_a).items():
+        assert (array == read_features(features_b)[split]).all(), split
+
+
+def test_a_run_leaves_its_files(whole_run):
+    folder, features, _ = whole_run
+    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "encoder.pt", "test.json", "tb_log"}
+    assert {path.name for path in features.iterdir()} == {"train_features.npy", "val_features.npy", "test_features.npy", "features.json"}
+    arrays = read_features(features)
+    assert {split: array.shape for split, array in arrays.items()} == {"train": (24, 16), "val": (18, 16), "test": (12, 16)}
+    assert all(array.dtype == np.float32 and np.isfinite(array).all() and array.std() > 0 for array in arrays.values())
+    lines = metrics(folder)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(2, 6), (3, 9)] and all(0 < line["nt_xent"] < 20 for line in lines)
+    assert lines[0].keys() == {"epoch", "step", "nt_xent", "2way1shot", "2way5shot"}
+    scores = json.loads((folder / "test.json").read_text())
+    assert scores.keys() == {"2way1shot", "2way2shot"}
+    assert all(0 <= s["accuracy"] <= 100 and s["ci95"] >= 0 and s["episodes"] == 6 for s in scores.values())
+    assert any("events" in path.name for path in (folder / "tb_log").iterdir())
+
+
+def test_features_are_the_encoders_output_in_order(whole_run, data_dir):
+    folder, features, _ = whole_run
+    encoder = model.Encoder(4)
+    encoder.load_state_dict(torch.load(folder / "last.pt", weights_only=True)["model"])
+    encoder.eval()
+    for split, array in read_features(features).items():
+        for i, image in enumerate(np.load(data_dir / f"{split}.npy")):
+            x = torch.from_numpy(image).permute(2, 0, 1) / 255
+            expected = encoder(TF.normalize(x, data.MEAN, data.STD).unsqueeze(0))
+            assert np.allclose(array[i], expected.detach(), atol=1e-4)
+
+
+def test_export_only_repeats_the_features(whole_run, tmp_path):
+    folder, features, flags = whole_run
+    place = ["--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
+    result = run("simclr", *flags, *place, "--export-only", "--checkpoint", folder / "encoder.pt", "--probe")
+    assert result.returncode == 0, result.stderr
+    for split, array in read_features(features).items():
+        assert (array == read_features(tmp_path / "f")[split]).all()
+    assert (tmp_path / "s/test.json").read_text() == (folder / "test.json").read_text()
+    said = json.loads((features / "features.json").read_text())
+    assert said == json.loads((tmp_path / "f/features.json").read_text())
+    assert said == {"train_epochs": 3, "images_per_class": {split: 6 for split in ("train", "val", "test")}}
+    result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", folder, "--feature-save-dir", tmp_path / "best")
+    assert result.returncode == 0, result.stderr
+    best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
+    same = all(best[key].equal(final[key]) for key in best)
+    assert (read_features(tmp_path / "best")["test"] == read_features(features)["test"]).all() == same
+
+
+# Ends itself, as a power cut would, right after the checkpoint of step 5: in the middle of the second epoch.
+DIES = """
+import os, signal, main
+main.SAVE_SECONDS, save = 0, main.save_checkpoint
+def save_and_die(path, checkpoint):
+    save(path, checkpoint)
+    if path.name == "last.pt" and checkpoint["step"] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+main.save_checkpoint = save_and_die
+main.main()
+"""
+
+
+def test_kill_and_resume_end_as_if_never_interrupted(whole_run, tmp_path):
+    folder, features, flags = whole_run
+    flags = [*flags, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
+    command = [sys.executable, "-c", DIES, *map(str, flags)]
+    killed = subprocess.run(command, cwd=ROOT / "simclr", env=os.environ | ONE_THREAD, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL and torch.load(tmp_path / "s/last.pt", weights_only=True)["step"] == 5
+    result = run("simclr", *flags, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
+
+
+def test_a_polite_stop_leaves_a_checkpoint(whole_run, tmp_path):
+    folder, features, flags = whole_run
+    flags = [*flags, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
+    command = [sys.executable, "main.py", *map(str, flags)]
+    process = subprocess.Popen(command, cwd=ROOT / "simclr", env=os.environ | ONE_THREAD, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "s/tb_log").exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode != 0:  # the run may have ended before the signal came
+        assert process.returncode == 128 + signal.SIGTERM and "--resume continues" in errors and "Traceback" not in errors
+        assert (tmp_path / "s/last.pt").exists()
+    assert run("simclr", *flags, "--resume").returncode == 0
+    assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
+
+
+def test_the_original_layout_is_prepared_first(whole_run, source_dir, tmp_path):
+    folder, features, _ = whole_run
+    result = run("simclr", "--data-dir", source_dir, *TINY, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
+    assert (tmp_path / "s/data/classes.json").exists()
+
+
+def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):
+    copy = tmp_path / "mine"
+    copy.mkdir()
+    for path in (ROOT / "simclr").glob("*.py"):
+        (copy / path.name).write_text(path.read_text())
+    result = run(copy, "--data-dir", data_dir, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f", "--debug", "--way", 2, "--query", 1)
+    assert result.returncode == 0, result.stderr
+    fails(run(copy, "--data-dir", source_dir, "--save-dir", tmp_path / "s2"), "data/imgnet/prepare.py", source_dir)
+
+
+def test_contact_sheet(data_dir, tmp_path):
+    result = run("simclr", "--data-dir", data_dir, "--contact-sheet", tmp_path / "sheet.png", "--save-dir", tmp_path / "s")
+    assert result.returncode == 0, result.stderr
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert picture.shape == (4 * 84, 10 * 84, 3) and not (tmp_path / "s").exists()
+    assert (picture[:84, :84] == np.load(data_dir / "train.npy")[0]).all()
+
+
+# --- what a user can get wrong --------------------------------------------------------------------
+
+
+def fails_here(capsys, monkeypatch, words, *args):
+    """As `fails`, in this process: the import of torch would be most of a run."""
+    main = load("simclr", "main")
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1, lines
+    assert all(str(word) in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("words, flags", [
+    (["--device", "nonsense"], ["--device", "nonsense"]),
+    (["--batch-size", "1 found"], ["--batch-size", 1]),
+    (["--lr", "-1"], ["--lr=-1"]),
+    (["--temperature"], ["--temperature", 0]),
+    (["--checkpoint goes with --export-only"], ["--checkpoint", "x.pt"]),
+    (["--export", "middle"], ["--export", "middle"]),
+    (["24 images found, at least --batch-size 25"], ["--batch-size", 25]),
+    (["val.npy: 6 images a class, expected at least 7"], ["--query", 2]),
+    (["val.npy: 3 classes, expected at least 4"], ["--way", 4]),
+    (["test.npy: 6 images a class, expected at least 51"], ["--probe", "--test-shot", 1, 50]),
+    (["x.pt: not found"], ["--export-only", "--checkpoint", "x.pt"]),
+    (["last.pt: not found"], ["--export-only"]),
+])  # fmt: skip
+def test_wrong_flags(capsys, monkeypatch, data_dir, tmp_path, words, flags):
+    fails_here(capsys, monkeypatch, words, "--data-dir", data_dir, *TINY, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f", *flags)
+    assert not (tmp_path / "f").exists() and not (tmp_path / "s/last.pt").exists()
+
+
+def test_wrong_data(capsys, monkeypatch, data_dir, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    arrays = {path.stem: np.load(path) for path in data_dir.glob("*.npy")}
+    labels = arrays["train_labels"]
+    for name, bad, words in (
+        ("train", None, ["train.npy: not found", "prepare.py"]),
+        ("val", arrays["val"][..., 0], ["val.npy: shape (18, 84, 84)"]),
+        ("train", arrays["train"].astype(np.float32), ["train.npy: dtype float32"]),
+        ("test", np.array([{"a": 1}]), ["test.npy: not a readable .npy array"]),
+        ("train_labels", None, ["train_labels.npy: not found"]),
+        ("train_labels", labels[:-1], ["train_labels.npy: int64 of shape (23,)", "24 images"]),
+        ("train_labels", labels + 0.5, ["train_labels.npy: float64"]),
+        ("train_labels", np.roll(labels, 1), ["4 classes in 5 runs"]),
+        ("train_labels", np.maximum(labels, 1), ["classes of 6 to 12 images"]),
+    ):
+        for other, array in arrays.items():
+            np.save(folder / f"{other}.npy", array)
+        (folder / f"{name}.npy").unlink()
+        if bad is not None:
+            np.save(folder / f"{name}.npy", bad)
+        fails_here(capsys, monkeypatch, words, "--data-dir", folder, *TINY, "--save-dir", tmp_path / "s")
+        assert not (tmp_path / "s").exists()
+
+
+def test_folders_and_checkpoints_that_are_taken_or_foreign(capsys, monkeypatch, whole_run, tmp_path):
+    folder, features, flags = whole_run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    place = [*flags, "--save-dir", folder, "--feature-save-dir", tmp_path / "f"]
+    fails_here(capsys, monkeypatch, ["holds another run", "--resume"], *place)
+    fails_here(capsys, monkeypatch, ["--lr: 0.1 found, 0.001 expected"], *place, "--resume", "--lr", 0.1)
+    fails_here(capsys, monkeypatch, ["holds a training run"], *place, "--export-only", "--checkpoint", folder / "best.pt")
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    foreign = tmp_path / "foreign.pt"
+    for content, words in ((b"garbage", "not a readable checkpoint"), ({"model": {}, "sizes": {"latent_size": 3}}, "not a checkpoint of this experiment")):
+        foreign.write_bytes(content) if isinstance(content, bytes) else torch.save(content, foreign)
+        fails_here(capsys, monkeypatch, [foreign, words], *flags, "--save-dir", tmp_path / "s", "--export-only", "--checkpoint", foreign)
+
+
+def test_errors_end_in_one_line_in_a_process_of_its_own(source_dir, tmp_path):
+    fails(run("simclr", "--data-dir", tmp_path / "none", "--save-dir", tmp_path / "s"), "none/train.npy: not found")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for split in ("train", "val", "test"):
+        (broken / f"{split}.csv").write_text((source_dir / f"{split}.csv").read_text())
+    fails(run("simclr", "--data-dir", broken, "--save-dir", tmp_path / "s"), "train.csv: 24 of 24 images missing")
+    assert not (tmp_path / "s").exists()
+
+
+# --- real images ----------------------------------------------------------------------------------
+
+
+@needs_shared_data
+def test_the_chain_on_real_images(tmp_path):
+    """A few hundred real images, as they lie in the zips: prepared, trained on for four steps, exported, probed."""
+    source, members = tmp_path / "source", 20
+    source.mkdir()
+    archives = [zipfile.ZipFile(path) for path in sorted((shared_data / "imgnet").glob("*.zip"))]
+    places = {name.split("/")[-1]: archive for archive in archives for name in archive.namelist()}
+    with zipfile.ZipFile(source / "images.zip", "w") as out:
+        for split in ("train", "val", "test"):
+            lines = (shared_data / f"imgnet/{split}.csv").read_text().splitlines()
+            rows = [line for c in range(5) for line in lines[1 + 600 * c : 1 + 600 * c + members]]
+            (source / f"{split}.csv").write_text("\n".join([lines[0], *rows]) + "\n")
+            for row in rows:
+                name = "images/" + row.split(",")[0]
+                out.writestr(name, places[name.split("/")[-1]].read(name))
+    place = ["--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
+    result = run("simclr", "--data-dir", source, *place, "--debug", "--hidden-size", 16, "--probe", "--test-shot", 1, 5)
+    assert result.returncode == 0, result.stderr
+    assert {split: array.shape for split, array in read_features(tmp_path / "f").items()} == dict.fromkeys(("train", "val", "test"), (100, 64))
+    assert json.loads((tmp_path / "s/test.json").read_text())["5way5shot"]["accuracy"] > 20  # chance
