@@ -179,7 +179,7 @@ class ConvTranspose(nn.ConvTranspose2d):
 
     def forward(self, x):
         y = F.conv_transpose2d(x, self.weight, None, self.stride, self.padding)
-        return y + self.bias.to(y.dtype).view(-1, 1, 1)
+        return y.add_(self.bias.to(y.dtype).view(-1, 1, 1))
 
 
 class GMVAE(nn.Module):
@@ -200,9 +200,9 @@ class GMVAE(nn.Module):
             nn.Linear(width, width), nn.ELU(),
             nn.Linear(width, width), nn.ELU(),
             nn.Unflatten(1, (c, 2, 2)),
-            ConvTranspose(c, c, 4), nn.BatchNorm2d(c), nn.ReLU(),  # 4x4
-            ConvTranspose(c, c, 3), nn.BatchNorm2d(c), nn.ReLU(),  # 7x7
-            ConvTranspose(c, c, 4), nn.BatchNorm2d(c), nn.ReLU(),  # 14x14
+            ConvTranspose(c, c, 4), nn.BatchNorm2d(c), nn.ReLU(inplace=True),  # 4x4
+            ConvTranspose(c, c, 3), nn.BatchNorm2d(c), nn.ReLU(inplace=True),  # 7x7
+            ConvTranspose(c, c, 4), nn.BatchNorm2d(c), nn.ReLU(inplace=True),  # 14x14
             ConvTranspose(c, 1, 4),
         )  # fmt: skip
         self.to(memory_format=torch.channels_last)
