@@ -23,12 +23,12 @@ def log_joint(z, pi, mu, var=None):
     Without var the terms left out are -|z|^2/2 - D/2 log(2 pi); with var, only -D/2 log(2 pi).
     Nothing of size N x K x D is formed (paper, Gaussian-mixture prior; eq. of the E-step).
     """
-    precision = torch.ones_like(mu) if var is None else 1 / var
-    linear = (mu * precision) @ z.mT
-    constant = pi.clamp_min(MIN_WEIGHT).log() - 0.5 * (mu.square() * precision - precision.log()).sum(-1)
-    if var is not None:
-        linear = linear - 0.5 * precision @ z.square().mT
-    return linear + constant.unsqueeze(-1)
+    log_pi = pi.clamp_min(MIN_WEIGHT).log()
+    if var is None:
+        return mu @ z.mT + (log_pi - 0.5 * mu.square().sum(-1)).unsqueeze(-1)
+    precision = 1 / var
+    constant = log_pi - 0.5 * (mu.square() * precision - precision.log()).sum(-1)
+    return (mu * precision) @ z.mT - 0.5 * precision @ z.square().mT + constant.unsqueeze(-1)
 
 
 def e_step(z, pi, mu, var=None):
