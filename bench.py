@@ -4,8 +4,8 @@
     python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 10 minutes
 
 Prints a table and writes results/bench/<device>-<precision>.json. A time is the median of several after a warm-up. The
-baseline is eager float32 written from the equations, checked to give the same results before it is timed: in the same
-process, on the same inputs and draws, by turns.
+baseline is eager float32 written from the equations, checked to give the same results: in the same process, on the same
+inputs and draws, timed by turns.
 """
 
 import os
@@ -110,7 +110,7 @@ def first_calls(call, device):
 
 
 def measure(pair, device, baseline, repeat):
-    """The pair's row of the JSON file. Raises UserError if the two versions give different results."""
+    """The pair's row of the JSON file; its `difference` of the two versions' results is to stay below its `tolerance`."""
     versions = {"ours": pair.ours} | ({"plain": pair.plain} if baseline else {})
     rounds, results, plans, samples = len(versions), {}, {}, {}  # with a baseline two turns each
     row = {"title": pair.title, "unit": pair.unit, "items": pair.items, "precision": pair.precision}
@@ -125,21 +125,24 @@ def measure(pair, device, baseline, repeat):
             memories.append(memory)
         row[version]["memory_bytes"] = None if None in memories else max(memories)
     if baseline:
-        row["difference"] = difference(results["ours"], results["plain"])
-        if not row["difference"] <= pair.tolerance:
-            raise runtime.UserError(f"{pair.title}: results {row['difference']:.2g} from the plain version's found, at most {pair.tolerance} expected")
+        row |= {"difference": difference(results["ours"], results["plain"]), "tolerance": pair.tolerance}
     for _ in range(rounds):
         for (version, part), (call, count, in_a_row) in plans.items():
             use_allocator(version)
+            torch.backends.cudnn.allow_tf32 = version == "plain"  # torch's default; until here both were compared without
             if baseline and version == "ours":
                 for _ in range(3):
                     call()  # gets back the pages that the plain version's turn gave up; a long run has them from its third step on
             samples.setdefault((version, part), []).extend(seconds(call, device, in_a_row) for _ in range(count))
+    torch.backends.cudnn.allow_tf32 = False
     for version, parts in versions.items():
         medians = {part: statistics.median(samples[version, part]) for part in parts}
         row[version]["seconds"] = sum(times * medians[part] for part, (_, times) in parts.items())
         row[version]["rate"] = pair.items / row[version]["seconds"]
-        row[version]["parts"] = {part: {"seconds": medians[part], "times": parts[part][1], "samples": len(samples[version, part])} for part in parts}
+        row[version]["parts"] = {}
+        for part, (_, times) in parts.items():
+            took = samples[version, part]
+            row[version]["parts"][part] = {"seconds": medians[part], "least": min(took), "most": max(took), "times": times, "samples": len(took)}
     if baseline:
         row["speedup"] = row["plain"]["seconds"] / row["ours"]["seconds"]
         if row["ours"]["memory_bytes"] and row["plain"]["memory_bytes"]:
@@ -148,15 +151,9 @@ def measure(pair, device, baseline, repeat):
 
 
 def matmul_rate(precision, device, size):
-    """FLOP a second of a large square matrix product, the best of several: what the shares are shares of.
-
-    On a GPU fp32 means TF32 tensor cores, as convolutions use them by default.
-    """
+    """FLOP a second of a large square matrix product, the best of several: what the shares are shares of."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     best = min(seconds(lambda: a @ a, device) for _ in range(8))
-    torch.set_float32_matmul_precision("highest")
     return 2 * size**3 / best
 
 
@@ -207,7 +204,7 @@ def machine(args, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else runtime.cpu_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
     facts = {"device": name, "threads": torch.get_num_threads(), "versions": versions, "tiny": args.tiny}
-    return {"command": shlex.join(["python", "bench.py", *sys.argv[1:]]), **facts}
+    return {"command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "git_commit": runtime.git_commit(), **facts}
 
 
 def compare_precision(args, device):
@@ -259,6 +256,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     torch.backends.cudnn.benchmark = True  # as the programs have it; it favours the plain version
+    torch.backends.cudnn.allow_tf32 = False  # as the programs have it
     try:
         device = runtime.choose_device(args.device)
         bf16 = runtime.use_bf16(args.precision, device)
@@ -271,6 +269,9 @@ def main():
             path = args.out / ("precision.json" if args.compare_precision else f"{slug}.json")
             runtime.write_json(path, report)
             print(path)
+        for row in report.get("measurements", {}).values():
+            if "difference" in row and not row["difference"] <= row["tolerance"]:
+                raise runtime.UserError(f"{row['title']}: results {row['difference']:.2g} from the plain version's found, at most {row['tolerance']} expected")
     except (runtime.UserError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         sys.exit(2)

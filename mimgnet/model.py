@@ -138,8 +138,8 @@ def log_posterior(log_var, noise):
 class SetAttention(nn.Module):
     """Self-attention over the members of a set, without layer norm: (B, M, width) -> the same.
 
-    h = q + softmax(q k^T / sqrt(width)) v in 4 heads; out = h + relu(W h). The residual adds the
-    projected query and the scale is the full width's, not a head's, as in the released code.
+    h = q + softmax(q k^T / sqrt(width)) v in 4 heads, or as many as divide the width; out = h + relu(W h). The
+    residual adds the projected query and the scale is the full width's, not a head's, as in the released code.
     """
 
     def __init__(self, width, heads=4):
@@ -157,7 +157,7 @@ class SetAttention(nn.Module):
 
 
 class GMVAE(nn.Module):
-    """Set network and decoder for features of any width that is a multiple of 4; no image encoder.
+    """Set network and decoder for features of any width; no image encoder.
 
     Nothing here depends on the number of components. With bf16, set network and decoder run under
     autocast; everything the mixture sees is float32.

@@ -6,7 +6,6 @@ Writes components.png, latents.png and, where a metrics.jsonl lies beside the ch
 """
 
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +16,7 @@ import torch
 
 from dataloader import as_float, check_episodes, draw_episodes, load_split
 from model import GMVAE, adapt, sample_posterior
-from runtime import HERE, Parser, UserError, load_model, number, write_atomically
+from runtime import HERE, Parser, UserError, load_model, number, one_line_errors, write_atomically
 
 COLOURS = plt.get_cmap("tab10").colors
 
@@ -29,7 +28,7 @@ def parse_args(argv=None):
     p.add_argument("--checkpoint", type=Path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")
     p.add_argument("--data-dir", type=Path, default=HERE.parent / "data/omniglot", help="folder with test.npy")
     p.add_argument("--out", type=Path, help="folder for the figures (default: the checkpoint's)")
-    p.add_argument("--way", type=number(int, 1, below=11), default=5, help="classes of the episode")
+    p.add_argument("--way", type=number(int, 2, below=11), default=5, help="classes of the episode")
     p.add_argument("--shot", type=count, default=1, help="support images a class")
     p.add_argument("--query", type=count, default=15, help="query images a class")
     p.add_argument("--samples", type=count, default=32, help="Monte-Carlo samples an image")
@@ -108,8 +107,10 @@ def curves(metrics, path):
 
 def main():
     args = parse_args()
-    try:
+    with one_line_errors():
         model, images = load_model(args.checkpoint, GMVAE), load_split(args.data_dir, "test")
+        if model.sizes["latent_size"] < 2:
+            raise UserError(f"{args.checkpoint}: a latent space of {model.sizes['latent_size']} dimension found, at least 2 expected to draw a plane of")
         check_episodes(args.data_dir, "test", images, [args.way], [args.shot], args.query)
         args.out.mkdir(parents=True, exist_ok=True)
         x, mean, before, mu, var = fit_episode(model, images, args)
@@ -118,9 +119,6 @@ def main():
         metrics = args.checkpoint.parent / "metrics.jsonl"
         if metrics.exists() and metrics.read_text():  # empty before the first validation
             curves(metrics, args.out / "curves.png")
-    except (UserError, OSError) as error:
-        print(f"figures.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

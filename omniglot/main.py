@@ -10,13 +10,14 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors; torch reads it at its first allocation
 
+import copy
 import math
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from dataloader import as_float, check_episodes, draw_episodes, draw_sets, load_
 from model import GMVAE, classify, loss_terms, sample_posterior
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_metrics,
+    number, one_line_errors, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_metrics,
 )  # fmt: skip
 
 VALIDATION_SHOTS = (1, 5)
@@ -118,8 +119,8 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
     labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
     at_once = max(1, (2**20 if features.is_cuda else 2**14) // (way * members * samples))  # on a CPU: what its caches hold
     accuracies = []
-    for images, pick in zip(episodes.flatten(1).to(features.device).split(at_once), picks.split(at_once)):
-        mean, log_var = model.posterior(features[images])  # (B, way * members, D)
+    for index, pick in zip(episodes.flatten(1).to(features.device).split(at_once), picks.split(at_once)):
+        mean, log_var = model.posterior(features[index])  # (B, way * members, D)
         z = sample_posterior(mean, log_var, pool[pick]).unflatten(1, (way, members))  # (B, way, members, S, D)
         probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, reading)
         accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
@@ -188,6 +189,13 @@ def train_step(model, optimizer, x, step, args, generator):
     return reconstruction, kl
 
 
+def update_average(average, model, step, args):
+    """The moving average of the weights, and of batch norm's statistics, follows the model; from the first step's on."""
+    move = get_ema_multi_avg_fn(args.ema_decay if step > 1 else 0.0)
+    floats = ([value for value in module.state_dict().values() if value.is_floating_point()] for module in (average, model))
+    move(*floats, None)
+
+
 def validate(model, images, step, history, args):
     """One line of metrics; the model becomes `<shot>shot_best.pt` for each shot at which it is the best so far."""
     results = evaluate_split(model, images, [args.way], VALIDATION_SHOTS, VALIDATION_SEED, args)
@@ -207,8 +215,8 @@ def train(splits, device, bf16, stop, args):
     generator = torch.Generator(device).manual_seed(args.seed)
     parts = {"model": model, "optimizer": optimizer, "generator": generator}
     if args.ema_decay:
-        parts["average"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
-    evaluated = parts["average"].module if args.ema_decay else model
+        parts["average"] = copy.deepcopy(model)
+    evaluated = parts.get("average", model)
 
     last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
     progress = {"step": 0, "seconds": 0.0, "history": []}
@@ -230,7 +238,7 @@ def train(splits, device, bf16, stop, args):
         x = draw_sets(images, args.batch_size, args.sample_size, generator)
         losses.add(*train_step(model, optimizer, x, step, args, generator))
         if args.ema_decay:
-            parts["average"].update_parameters(model)
+            update_average(evaluated, model, step, args)
         heap.tidy()
         bar.update()
         validating = step % args.freq_iters == 0 or step == args.train_iters
@@ -282,27 +290,25 @@ def load_splits(args):
 def main():
     keep_memory()
     torch.backends.cudnn.benchmark = True  # the shapes never change
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on a GPU too
     args = parse_args()
-    try:
+    with one_line_errors():
         device = choose_device(args.device)
         bf16 = use_bf16(args.precision, device)
         if args.eval_only:
             for path in {checkpoint_for(shot, args) for shot in args.test_shot}:
                 load_model(path, GMVAE)  # refused before anything is written
                 args.test_way = args.test_way or [validated_way(path) or args.way]
-        splits = {name: images.to(device) for name, images in load_splits(args).items()}
+        splits = load_splits(args)
+        run = describe_run(args, device, bf16, splits)
+        splits = {name: images.to(device) for name, images in splits.items()}
         if args.eval_only:
-            open_test_folder(args.save_dir, describe_run(args, device, bf16))
+            open_test_folder(args.save_dir, run)
         else:
-            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume, FREE_ON_RESUME)
+            open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:
                 train(splits, device, bf16, stop, args)
         test(splits["test"], device, args)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        tqdm.write(f"main.py: error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
-        sys.exit(2)
-    except KeyboardInterrupt:  # outside of training, where there is nothing to save
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,35 @@ import shlex
 import signal
 import subprocess
 import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
     """Something the user can put right: ends the program in one line (what was found, what was expected), exit status 2."""
+
+
+@contextmanager
+def one_line_errors():
+    """Ends the program as `UserError` says on one, on an error of the operating system, and where memory does not suffice."""
+    try:
+        yield
+    except (UserError, OSError, RuntimeError) as error:
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # of a GPU, of the CPU
+        if isinstance(error, RuntimeError) and not no_memory:
+            raise
+        said = f"not enough memory for these sizes ({str(error).splitlines()[0]})" if no_memory else error
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)  # on a line of its own, where a progress bar stands
+        sys.exit(2)
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        sys.exit(130)
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -57,9 +75,11 @@ def number(kind, low, below=math.inf):
 
 
 def choose_device(name):
-    """`auto`, or a name torch knows -> torch.device, tried once. Raises UserError."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> torch.device, tried once. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device: {name} found, auto, cpu, cuda or cuda:N expected")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -167,17 +187,17 @@ def load_model(path, network):
     checkpoint = load_checkpoint(path)
     try:
         model = network(**checkpoint["sizes"])
-        average = {name.removeprefix("module."): value for name, value in checkpoint.get("average", {}).items() if name != "n_averaged"}
-        model.load_state_dict(average or checkpoint["model"])
+        model.load_state_dict(checkpoint.get("average") or checkpoint["model"])
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this experiment ({str(error).splitlines()[0]})") from None
     return model.eval()
 
 
 def validated_way(path):
-    """The number of ways of the episodes that a checkpoint was chosen on; None if none were, as for a last.pt. Raises UserError."""
-    cells = load_checkpoint(path).get("validation")  # {"5way1shot": ...}
-    return int(next(iter(cells)).partition("way")[0]) if cells else None
+    """The number of ways of a checkpoint's validation episodes; None for a last.pt before its first validation. Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    line = checkpoint.get("validation") or (checkpoint.get("history") or [{}])[-1]  # {"5way1shot": ..., ...}
+    return next((int(name.partition("way")[0]) for name in line if name.endswith("shot")), None)
 
 
 def snapshot(parts):
@@ -200,19 +220,27 @@ def restore(parts, checkpoint, path):
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def describe_run(args, device, bf16):
-    """What made a run, for config.json: the command, every flag, the precision chosen, device, versions, commit."""
+def git_commit():
+    """The commit that this file's repository stands at; None without git or a repository."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip() or None
     except OSError:
-        commit = None  # no git here
+        return None
+
+
+def describe_run(args, device, bf16, arrays):
+    """What made a run, for config.json: the command, every flag, the precision chosen, device, versions, commit, data.
+
+    arrays {split: tensor on the CPU}, of which it keeps shapes and checksums.
+    """
     return {
         "command": shlex.join(["python", *sys.argv]),
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "precision": "bf16" if bf16 else "fp32",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "git_commit": commit or None,
+        "git_commit": git_commit(),
+        "data": {split: {"shape": list(array.shape), "crc32": zlib.crc32(array.numpy())} for split, array in arrays.items()},
     }
 
 
@@ -232,11 +260,13 @@ def open_folder(save_dir, config, resume, free):
     """Makes a training run's folder with its config.json, or opens it again; `free` flags may then differ from the first time.
 
     Every time it was resumed is added to `resumed` in config.json. Raises UserError if the folder holds another run, or if
-    a resumed one would train something else.
+    a resumed one would train something else or on something else. A run that ended before its first checkpoint is none.
     """
     before = read_config(save_dir)
     if not before and (save_dir / "last.pt").exists():
         raise UserError(f"{save_dir}: last.pt found without its config.json, an empty folder or a whole run expected")
+    if not any((save_dir / name).exists() for name in ("last.pt", "metrics.jsonl", "test.json")):
+        before = None
     if before and not resume:
         raise UserError(f"{save_dir}: holds another run (config.json), an empty folder expected; --resume continues it")
     if before:
@@ -245,7 +275,11 @@ def open_folder(save_dir, config, resume, free):
             if name not in free and expected.get(name, value) != value:  # a flag that is newer than the run had its default
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag}: {value} found, {expected[name]} expected, as the run in {save_dir} was started")
-        if (save_dir / "metrics.jsonl").exists() and not (save_dir / "last.pt").exists():
+        for split in [name for name in ("train", "val") if name in before.get("data", {})]:  # an older run kept no checksums
+            found, expected = (f"shape {c['data'][split]['shape']}, crc32 {c['data'][split]['crc32']}" for c in (config, before))
+            if found != expected:
+                raise UserError(f"--data-dir: {split} data of {found} found, {expected} expected, as the run in {save_dir} was started")
+        if not (save_dir / "last.pt").exists():
             raise UserError(f"{save_dir / 'last.pt'}: not found, the state of the run expected to --resume it; a new run needs another --save-dir")
         again = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
         config = {**before, "args": config["args"], "resumed": [*before.get("resumed", []), again]}
@@ -266,20 +300,20 @@ def open_test_folder(save_dir, config):
 def catch_stop():
     """Within it, a list receives the first SIGINT or SIGTERM; a second one ends the program at once."""
     received, signals = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in signals]
+    before = [signal.getsignal(signum) for signum in signals]
 
-    def handler(number, _):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def handler(signum, _):
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
         os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler
 
-    for number in signals:
-        signal.signal(number, handler)
+    for signum in signals:
+        signal.signal(signum, handler)
     try:
         yield received
     finally:
-        for number, earlier in zip(signals, before):
-            signal.signal(number, earlier)
+        for signum, earlier in zip(signals, before):
+            signal.signal(signum, earlier)
 
 
 class LossLog:

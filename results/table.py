@@ -189,7 +189,8 @@ def speed_table(path, before=None):
     """A file of bench.py as a table; `before`, an older file of the same machine, adds what the programs took then."""
     bench, old = (json.loads(p.read_text()) if p else None for p in (path, before))
     versions = bench["versions"]
-    lines = [f"{bench['device']}, {bench['threads']} threads, torch {versions['torch']}, networks in {bench['precision']}: `{bench['command']}`\n"]
+    threads = f", {bench['threads']} threads" if bench["device"].endswith("CPU") else ""
+    lines = [f"{bench['device']}{threads}, torch {versions['torch']}, networks in {bench['precision']}: `{bench['command']}`\n"]
     header = ["", "here", "plain float32", "speed-up", "peak memory", "plain's", *(["here, before", "speed-up, before"] if before else [])]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, row in bench["measurements"].items():
@@ -227,11 +228,15 @@ def precision_table():
     return "\n".join(lines)
 
 
+def bench_files():
+    """What bench.py measured: a file for each machine and precision."""
+    return [path for path in sorted((RESULTS / "bench").glob("*.json")) if path.stem != "precision" and not path.stem.endswith("-before")]
+
+
 def speed_tables():
     """Every file of bench.py, and the precisions side by side where they were compared."""
-    files = [path for path in sorted((RESULTS / "bench").glob("*.json")) if path.stem != "precision" and not path.stem.endswith("-before")]
     parts = []
-    for path in files:
+    for path in bench_files():
         before = path.with_name(f"{path.stem}-before.json")
         parts.append(speed_table(path, before if before.exists() else None))
     if (RESULTS / "bench/precision.json").exists():
@@ -250,9 +255,8 @@ def filled(text, tables):
 
 def main():
     stale, results = [], f"{table()}\n\n{ways_table()}"
-    bench = [path for path in sorted((RESULTS / "bench").glob("*-threads-*.json")) if not path.stem.endswith("-before")]
     readmes = {
-        "README.md": {"demo": demo(), "results": results, "speed": "\n\n".join(map(speed_table, bench))},
+        "README.md": {"demo": demo(), "results": results, "speed": "\n\n".join(map(speed_table, bench_files()))},
         "results/README.md": {"results": results.replace("](results/", "](")},
         "results/recipe/README.md": {"results": recipe_table()},
         "results/ablations/README.md": {"results": f"{test_ablations()}\n\n{train_ablations()}"},

@@ -178,6 +178,11 @@ def adjust_hue(x, factor):
 OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
+def send(x, device):
+    """A small tensor from the CPU to the device, without waiting for what runs there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def jitter(x, factors, order):
     """Colour jitter in place: image i gets OPERATIONS[order[i, 0]] first, then order[i, 1], ...; none where it is -1.
 
@@ -185,18 +190,18 @@ def jitter(x, factors, order):
     so that every image pays for four operations, whatever its order.
     """
     for position in order.unbind(1):
-        for number, operation in enumerate(OPERATIONS):
-            rows = (position == number).nonzero().squeeze(1)
+        for i, operation in enumerate(OPERATIONS):
+            rows = (position == i).nonzero().squeeze(1)
             if len(rows):
-                factor, rows = factors[rows, number].to(x.device), rows.to(x.device)
+                factor, rows = send(factors[rows, i], x.device), send(rows, x.device)
                 x.index_copy_(0, rows, operation(x.index_select(0, rows), factor))
     return x
 
 
 def normalise(x):
     """RGB in [0, 1] -> as the encoder reads it."""
-    mean, std = torch.tensor(MEAN, device=x.device), torch.tensor(STD, device=x.device)
-    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    mean, std = send(torch.tensor([MEAN, STD]), x.device).view(2, 3, 1, 1)
+    return (x - mean) / std
 
 
 # --- views ----------------------------------------------------------------------------------------
@@ -211,8 +216,8 @@ def draw_views(count, generator):
 
 def make_views(images, boxes, flip, factors, order, grey):
     """One view of every image, drawn by `draw_views`: uint8 (N, 84, 84, 3) -> (N, 3, 84, 84) in [0, 1]."""
-    device, rows = images.device, grey.nonzero().squeeze(1).to(images.device)
-    x = jitter(crop(images, boxes.to(device), flip.to(device)), factors, order)
+    boxes, flip, rows = (send(part, images.device) for part in (boxes, flip, grey.nonzero().squeeze(1)))
+    x = jitter(crop(images, boxes, flip), factors, order)
     return x.index_copy_(0, rows, greyscale(x.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 

@@ -27,7 +27,7 @@ from dataloader import check_episodes, contact_sheet, draw_episodes, epoch_order
 from model import Encoder, nt_xent, projection_head
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_metrics,
+    number, one_line_errors, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_metrics,
 )  # fmt: skip
 
 SPLITS = ("train", "val", "test")
@@ -114,8 +114,8 @@ def nearest_mean(features, episodes, shot):
     """
     accuracies = []
     labels = torch.arange(episodes.shape[1], device=features.device).unsqueeze(-1)
-    for images in episodes.to(features.device).split(50):
-        h = features[images]  # (count, way, shot + query, width)
+    for index in episodes.to(features.device).split(50):
+        h = features[index]  # (count, way, shot + query, width)
         mean, query = h[:, :, :shot].mean(2), h[:, :, shot:]
         score = query.flatten(1, 2) @ mean.mT - 0.5 * mean.square().sum(-1).unsqueeze(1)
         accuracies.append(100 * (score.argmax(-1).view(query.shape[:3]) == labels).float().mean((1, 2)))
@@ -132,8 +132,8 @@ def logistic_regression(features, episodes, shot):
     y_support, y_query = y.repeat(shot), y.repeat(members - shot)
     accuracies = []
     with threadpool_limits(1):  # the problems are so small that threads would mostly wait for each other
-        for images in tqdm(episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=0.1 if sys.stderr.isatty() else 30):
-            support, query = features[images[:, :shot].ravel()], features[images[:, shot:].ravel()]
+        for index in tqdm(episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=0.1 if sys.stderr.isatty() else 30):
+            support, query = features[index[:, :shot].ravel()], features[index[:, shot:].ravel()]
             accuracies.append(100 * LogisticRegression(max_iter=1000).fit(support, y_support).score(query, y_query))
     return torch.tensor(accuracies)
 
@@ -152,6 +152,14 @@ def evaluate(features, classify, shots, seed, args):
     return results
 
 
+def write_array(path, array):
+    def write(temporary):
+        with open(temporary, "wb") as file:  # np.save adds .npy to a name, not to a file
+            np.save(file, array)
+
+    write_atomically(path, write)
+
+
 def export(splits, device, args):
     """Writes the three feature files of --checkpoint or of the run's own encoder; returns {split: (classes, n, width)}."""
     path = args.checkpoint or args.save_dir / f"{args.export}.pt"
@@ -159,18 +167,13 @@ def export(splits, device, args):
     epoch = load_checkpoint(path).get("epoch")
     features = {name: encode_all(encoder, images, f"{name} features") for name, images in splits.items()}
     args.feature_save_dir.mkdir(parents=True, exist_ok=True)
+    described = args.feature_save_dir / "features.json"
+    described.unlink(missing_ok=True)  # a kill between two files must not leave new features under an old description
     for name, h in features.items():
-        path = args.feature_save_dir / f"{name}_features.npy"
-        array = h.flatten(0, 1).cpu().numpy()
-
-        def write(temporary):
-            with open(temporary, "wb") as file:  # np.save adds .npy to a name, not to a file
-                np.save(file, array)
-
-        write_atomically(path, write)
-        print(f"{path}  {array.shape} {array.dtype}")
-    description = {"train_epochs": epoch, "images_per_class": {name: images.shape[1] for name, images in splits.items()}}
-    write_json(args.feature_save_dir / "features.json", description)
+        target = args.feature_save_dir / f"{name}_features.npy"
+        write_array(target, h.flatten(0, 1).cpu().numpy())
+        print(f"{target}  {tuple(h.flatten(0, 1).shape)} float32")
+    write_json(described, {"train_epochs": epoch, "images_per_class": {name: images.shape[1] for name, images in splits.items()}})
     if not args.checkpoint:
         save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch})
     return features
@@ -284,13 +287,15 @@ def train(splits, device, bf16, stop, args):
 def prepared(args):
     """The folder with the prepared arrays: --data-dir, or <save-dir>/data, made from the images and CSVs in --data-dir.
 
-    A run keeps the arrays it was started with. Raises UserError if they cannot be made.
+    A run keeps the arrays it was started with. Raises UserError if they cannot be made, or would be put beside another run.
     """
     if (args.data_dir / "train.npy").exists() or not (args.data_dir / "train.csv").exists():
         return args.data_dir
     out = args.save_dir / "data"
     if (args.save_dir / "config.json").exists() and (out / "train.npy").exists():
         return out
+    if (args.save_dir / "last.pt").exists():
+        raise UserError(f"--save-dir: {args.save_dir} holds a run on other arrays than the images in {args.data_dir}, an empty folder expected")
     if not PREPARE.exists():
         raise UserError(f"--data-dir: {args.data_dir} holds unprepared images, what data/imgnet/prepare.py makes of them expected ({PREPARE} not found)")
     made = subprocess.run([sys.executable, PREPARE, "--source", args.data_dir, "--out", out])
@@ -326,13 +331,16 @@ def check_probe():
 def main():
     keep_memory()
     torch.backends.cudnn.benchmark = True  # the shapes never change
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on a GPU too
     args = parse_args()
-    try:
+    with one_line_errors():
         device = choose_device(args.device)
         bf16 = use_bf16(args.precision, device)
         if args.probe:
             check_probe()
-        splits = {name: images.to(device) for name, images in load_splits(args).items()}
+        splits = load_splits(args)
+        run = describe_run(args, device, bf16, splits)
+        splits = {name: images.to(device) for name, images in splits.items()}
         if args.contact_sheet:
             rows = splits["train"][:16, 0]
             picture = Image.fromarray(contact_sheet(rows, 9, torch.Generator().manual_seed(args.seed)))
@@ -340,19 +348,14 @@ def main():
             return
         if args.checkpoint:
             load_model(args.checkpoint, Encoder)  # refused before anything is written
-            open_test_folder(args.save_dir, describe_run(args, device, bf16))
+            open_test_folder(args.save_dir, run)
         if not args.export_only:
-            open_folder(args.save_dir, describe_run(args, device, bf16), args.resume, FREE_ON_RESUME)
+            open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:
                 train(splits, device, bf16, stop, args)
         features = export(splits, device, args)
         if args.probe:
             probe(features, args)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        tqdm.write(f"main.py: error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
-        sys.exit(2)
-    except KeyboardInterrupt:  # outside of training, where there is nothing to save
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def test_errors(checkpoint, glyphs_dir, tmp_path):
     fails(run("omniglot", "--checkpoint", tmp_path / "none.pt", "--data-dir", glyphs_dir, script="figures.py"), "none.pt", "not found")
     fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", tmp_path, script="figures.py"), "test.npy", "not found")
     fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--shot", 6, script="figures.py"), "20 drawings", "21")
+    fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--way", 1, script="figures.py"), "--way", "1 found", "at least 2")
 
 
 def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir):

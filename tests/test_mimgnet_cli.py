@@ -94,9 +94,8 @@ def test_outputs(finished):
 def test_validation_is_of_the_averaged_weights_and_repeatable(data, finished):
     last = torch.load(finished / "last.pt", weights_only=True)
     args, val = main.parse_args(TINY), dataloader.load_split(data, "val", 20)
-    average = {name.removeprefix("module."): value for name, value in last["average"].items() if name != "n_averaged"}
     scores = []
-    for weights in (average, last["model"]):
+    for weights in (last["average"], last["model"]):
         network = model.GMVAE(**last["sizes"])
         network.load_state_dict(weights)
         scores.append(main.evaluate_split(network, val, [5], [1], main.VALIDATION_SEED, args)["5way1shot"])
@@ -158,6 +157,8 @@ def test_what_simclr_says_of_the_features(data, tmp_path, refused):
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["features"] == description
     start = ["--data-dir", folder, "--save-dir", tmp_path / "new", *flags]
+    (folder / "features.json").write_text(json.dumps(description | {"train_epochs": 400}))
+    refused(*start, "--eval-only", "--checkpoint", tmp_path / "run", words=["features.json", "400 epochs of SimCLR", "9 expected"])
     refused(*start, "--images-per-class", 20, words=["--images-per-class: 20 found, 40 expected"])
     for text in ("{", "{}", '{"images_per_class": {"train": 0}}', '{"images_per_class": 600}'):
         (folder / "features.json").write_text(text)
@@ -253,6 +254,7 @@ BAD_FLAGS = {
     "--lr -1": "--lr: -1 found",
     "--ema-decay 1": "below 1",
     "--device nowhere": "--device: nowhere found",
+    "--device meta": "--device: meta found",
     "--precision fp16": "--precision",
     "--sample 3": "unrecognized arguments",
     "--checkpoint some.pt": "--checkpoint goes with --eval-only",
@@ -294,7 +296,11 @@ def test_a_folder_with_another_run_is_kept(data, finished, tmp_path, refused):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     other = tmp_path / "wider"
     other.mkdir()
-    refused("--data-dir", save_features(other, width=36), *start[2:], "--resume", words=["train_features.npy: 36 features", "expected 32", "last.pt"])
+    refused("--data-dir", save_features(other, width=36), *start[2:], "--resume", words=["--data-dir", "[12, 20, 36]", "[12, 20, 32]"])
+    np.save(other / "train_features.npy", np.load(data / "train_features.npy") + 1)
+    for split in ("val", "test"):
+        shutil.copy(data / f"{split}_features.npy", other)
+    refused("--data-dir", other, *start[2:], "--resume", words=["--data-dir: train data", "crc32"])
 
 
 def test_the_program_itself_says_it_in_one_line(data, tmp_path):

@@ -119,7 +119,7 @@ def test_eval_only_repeats_the_test(whole_run, tmp_path):
 def test_a_checkpoint_is_tested_at_its_own_way(glyphs_dir, tmp_path):
     flags = ["--data-dir", glyphs_dir, *TINY, "--test-shot", 1]
     assert run("omniglot", "--save-dir", tmp_path / "run", *flags, "--train-iters", 1, "--way", 7).returncode == 0
-    for place in (tmp_path / "run", tmp_path / "run/5shot_best.pt"):
+    for place in (tmp_path / "run", tmp_path / "run/5shot_best.pt", tmp_path / "run/last.pt"):
         assert run("omniglot", "--save-dir", tmp_path / "eval", *flags, "--eval-only", "--checkpoint", place).returncode == 0
         assert json.loads((tmp_path / "eval/test.json").read_text()).keys() == {"7way1shot"}
 
@@ -216,6 +216,7 @@ def test_a_folder_with_another_run_is_refused(whole_run):
         (["--ema-decay", "1"], ["--ema-decay", "below 1"]),
         (["--device", "cuda:99"], ["--device", "cuda:99 found"]),
         (["--device", "toaster"], ["--device", "toaster found"]),
+        (["--device", "meta"], ["--device", "meta found", "cpu"]),
         (["--checkpoint", "x.pt"], ["--checkpoint", "--eval-only"]),
         (["--eval-only"], ["--eval-only", "--checkpoint"]),
         (["--seed", "99999999999999999999"], ["--seed", "below"]),
@@ -276,6 +277,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(glyphs_dir, tmp_path):
     fails(result, "step ", "not finite", "reconstruction", "kl")
     if (tmp_path / "run/last.pt").exists():
         assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_too_large_a_step_leaves_the_folder_free(glyphs_dir, tmp_path):
+    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 1, "--device", "cpu"]
+    fails(run("omniglot", *flags, "--train-mc-sample-size", 10**12), "not enough memory")
+    result = run("omniglot", *flags)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_is_not_resumed_on_other_images(whole_run, glyphs_dir, tmp_path):
+    folder, flags, _ = whole_run
+    for name in ("train", "val", "test"):
+        np.save(tmp_path / f"{name}.npy", 255 - np.load(glyphs_dir / f"{name}.npy"))
+    fails(run("omniglot", "--save-dir", folder, *flags, "--resume", "--data-dir", tmp_path), "--data-dir: ", " data of ", "crc32")
 
 
 @needs_shared_data

@@ -45,8 +45,8 @@ def test_freed_pages_are_kept_up_to_a_bound():
 def test_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     args = argparse.Namespace(seed=0)
-    config = runtime.describe_run(args, torch.device("cpu"), False)
-    assert config["git_commit"] is None and config["args"] == {"seed": 0}
+    config = runtime.describe_run(args, torch.device("cpu"), False, {"train": torch.zeros(2, 3)})
+    assert config["git_commit"] is None and config["args"] == {"seed": 0} and config["data"]["train"]["shape"] == [2, 3]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -62,17 +62,29 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk is played by /dev/full")
-def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(runtime, "write_atomically", lambda path, write: write("/dev/full"))
-    with pytest.raises((runtime.UserError, OSError)):
+    with pytest.raises(SystemExit, match="2"), runtime.one_line_errors():
         runtime.save_checkpoint(tmp_path / "last.pt", {"tensor": torch.zeros(10**6)})
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "error: " in line and ("last.pt: not written" in line or "No space left" in line)
+
+
+def test_only_what_a_user_can_put_right_is_said_in_one_line(capfd):
+    for error in (runtime.UserError("a flag"), FileNotFoundError("a flag"), torch.OutOfMemoryError("a flag"), RuntimeError("can't allocate memory: a flag")):
+        with pytest.raises(SystemExit, match="2"), runtime.one_line_errors():
+            raise error
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "error: " in line and "a flag" in line
+    with pytest.raises(RuntimeError, match="shapes"), runtime.one_line_errors():
+        raise RuntimeError("shapes")
 
 
 def test_a_moving_average_is_what_last_pt_stands_for(tmp_path):
     network = lambda: torch.nn.Linear(2, 1)  # noqa: E731
-    model, average = network(), torch.optim.swa_utils.AveragedModel(network())
+    model, average = network(), network()
     runtime.save_checkpoint(tmp_path / "last.pt", {"sizes": {}, "model": model.state_dict(), "average": average.state_dict()})
-    assert runtime.load_model(tmp_path / "last.pt", network).weight.equal(average.module.weight)
+    assert runtime.load_model(tmp_path / "last.pt", network).weight.equal(average.weight)
     runtime.save_checkpoint(tmp_path / "last.pt", {"sizes": {}, "model": model.state_dict()})
     assert runtime.load_model(tmp_path / "last.pt", network).weight.equal(model.weight)
 
