@@ -257,7 +257,7 @@ def main():
     args = parse_args()
     torch.backends.cudnn.benchmark = True  # as the programs have it; it favours the plain version
     torch.backends.cudnn.allow_tf32 = False  # as the programs have it
-    try:
+    with runtime.one_line_errors():
         device = runtime.choose_device(args.device)
         bf16 = runtime.use_bf16(args.precision, device)
         if args.out:
@@ -272,9 +272,6 @@ def main():
         for row in report.get("measurements", {}).values():
             if "difference" in row and not row["difference"] <= row["tolerance"]:
                 raise runtime.UserError(f"{row['title']}: results {row['difference']:.2g} from the plain version's found, at most {row['tolerance']} expected")
-    except (runtime.UserError, OSError) as error:
-        print(f"bench.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ def test_tables_agree_with_results():
     assert check.returncode == 0, check.stderr
 
 
-@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
-def test_the_commands_are_understood(name):
-    """Every `python main.py` in a README, with the flags of the folder that the last `cd` before it went to."""
+@pytest.mark.parametrize("name, least", [("README.md", 10), ("results/README.md", 5), ("results/bench/README.md", 2)])
+def test_the_commands_are_understood(name, least):
+    """Every call of main.py, figures.py and bench.py in a README, with the parser of the folder that the last `cd` before it went to."""
     text = (ROOT / name).read_text().replace("\\\n", "")
     found, folder = 0, None
-    for entered, flags in re.findall(r"\bcd (\w+)|python main\.py ([^\n`#)]*)", text):
+    for entered, script, flags in re.findall(r"\bcd (\w+)|python (main|figures|bench)\.py([^\n`#)]*)", text):
         folder = entered or folder
-        if flags and "--help" not in flags:
-            load(folder, "main").parse_args(shlex.split(flags))  # leaves with status 2 if it is not
+        if script and "--help" not in flags:
+            load("." if script == "bench" else folder, script).parse_args(shlex.split(flags))  # leaves with status 2 if it is not
             found += 1
-    assert found >= 5
+    assert found >= least
 
 
 def test_the_ablations_are_flags():
@@ -70,7 +70,7 @@ def assert_same_test(folder, out):
 @needs_shared_data
 @pytest.mark.parametrize("folder", OMNIGLOT, ids=lambda path: path.name)
 def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
-    shots = [1] if "20way" in folder.name else [1, 5]  # twenty ways take a minute for each
+    shots = [1, 5] if folder.name == "omniglot-5way-fast" else [1]  # twenty ways take a minute for each
     flags = ["--eval-only", "--checkpoint", folder, "--test-shot", *shots]
     result = run("omniglot", "--data-dir", omniglot_dir, "--save-dir", tmp_path / "eval", *flags, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -79,14 +79,14 @@ def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
 
 @needs_shared_data
 def test_the_encoder_makes_the_features_that_were_tested(tmp_path):
-    """From the real test images through results/simclr/encoder.pt to the one-shot accuracy of the Mini-ImageNet run."""
+    """From the real test images through results/simclr/encoder.pt to the one-shot accuracy of the Mini-ImageNet runs."""
     prepare = load("data/imgnet", "prepare")
     rows, (found, _) = prepare.read_csv(shared_data / "imgnet/test.csv"), prepare.find_images(shared_data / "imgnet")
     images = torch.from_numpy(np.stack([prepare.decode(found[filename]) for filename, _ in rows])).unflatten(0, (20, 600))
     encoder = load("simclr", "runtime").load_model(ROOT / "results/simclr/encoder.pt", load("simclr", "model").Encoder)
     np.save(tmp_path / "test_features.npy", load("simclr", "main").encode_all(encoder, images).flatten(0, 1).numpy())
-    folder = ROOT / "results/mimgnet-5way-fast"
-    flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1]
-    result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / "eval", *flags, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert_same_test(folder, tmp_path / "eval")
+    for folder in MIMGNET:
+        flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1]
+        result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / folder.name, *flags, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert_same_test(folder, tmp_path / folder.name)
