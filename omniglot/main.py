@@ -101,7 +101,8 @@ def encode_all(model, images):
 
     images (classes, drawings, 28, 28, 1) -> (classes * drawings, width).
     """
-    return torch.cat([model.encode(as_float(batch)) for batch in images.flatten(0, 1).split(1000)])
+    at_once = 1000 if images.is_cuda else 200
+    return torch.cat([model.encode(as_float(batch)) for batch in images.flatten(0, 1).split(at_once)])
 
 
 @torch.no_grad()
