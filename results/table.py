@@ -168,10 +168,10 @@ def train_ablations():
 
 def recipe_table():
     """What was tried for the fast recipe: the validations in results/recipe/*.jsonl."""
-    lines = ["| run | steps | 5-way 1-shot | 5-way 5-shot | reconstruction | KL |", "|---|---|---|---|---|---|"]
+    lines = ["| run | steps | 1-shot | 5-shot | reconstruction | KL |", "|---|---|---|---|---|---|"]
     for path in sorted((RESULTS / "recipe").glob("*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
-            cells = [f"{line[cell]['accuracy']:.1f} ± {line[cell]['ci95']:.1f}" for cell in ("5way1shot", "5way5shot")]
+            cells = [f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}" for name, cell in line.items() if name.endswith("shot")]
             lines.append(f"| {path.stem} | {line['step']} | {' | '.join(cells)} | {line['reconstruction']:.0f} | {line['kl']:.1f} |")
     seen = json.loads((RESULTS / "recipe/training-classes.json").read_text())
     scores = ", ".join(f"{readable(cell)} {interval(found)} %" for cell, found in seen.items())
