@@ -170,9 +170,9 @@ def export(splits, device, args):
     described = args.feature_save_dir / "features.json"
     described.unlink(missing_ok=True)  # a kill between two files must not leave new features under an old description
     for name, h in features.items():
-        target = args.feature_save_dir / f"{name}_features.npy"
-        write_array(target, h.flatten(0, 1).cpu().numpy())
-        print(f"{target}  {tuple(h.flatten(0, 1).shape)} float32")
+        target, array = args.feature_save_dir / f"{name}_features.npy", h.flatten(0, 1).cpu().numpy()
+        write_array(target, array)
+        print(f"{target}  {array.shape} {array.dtype}")
     write_json(described, {"train_epochs": epoch, "images_per_class": {name: images.shape[1] for name, images in splits.items()}})
     if not args.checkpoint:
         save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch})
@@ -339,13 +339,13 @@ def main():
         if args.probe:
             check_probe()
         splits = load_splits(args)
-        run = describe_run(args, device, bf16, splits)
-        splits = {name: images.to(device) for name, images in splits.items()}
         if args.contact_sheet:
-            rows = splits["train"][:16, 0]
+            rows = splits["train"][:16, 0].to(device)
             picture = Image.fromarray(contact_sheet(rows, 9, torch.Generator().manual_seed(args.seed)))
             write_atomically(args.contact_sheet, lambda temporary: picture.save(temporary, "png"))
             return
+        run = describe_run(args, device, bf16, splits)
+        splits = {name: images.to(device) for name, images in splits.items()}
         if args.checkpoint:
             load_model(args.checkpoint, Encoder)  # refused before anything is written
             open_test_folder(args.save_dir, run)
