@@ -3,10 +3,12 @@
     python results/ablations.py ways omniglot-5way-fast     # a trained run of results/ at other numbers of ways: a minute
     python results/ablations.py test omniglot-5way-fast     # and with one thing changed in the test: minutes
     python results/ablations.py train                       # short trainings on Omniglot: minutes each on two CPU cores
+    python results/ablations.py active                      # counts the latent dimensions that those and the runs of results/ use
     python results/ablations.py plot                        # the figures from what the others have left
 
 `ways` and `test` add to results/ablations/<run>.json, {flags: test.json}; `train` makes a folder results/ablations/<name> for each
-training, as any run leaves it, and continues where it was killed. `make table` puts all into results/ablations/README.md.
+training, as any run leaves it, and continues where it was killed; `active` writes results/ablations/active.json.
+`make table` puts all into results/ablations/README.md.
 """
 
 import argparse
@@ -74,6 +76,33 @@ def train(names, data_dir):
             main_py(experiment, data_dir, "--save-dir", f"../results/ablations/{name}", "--resume", *flags.split(), *TRAIN[name].split())
 
 
+def active_dims(mean, log_var):
+    """How many latent dimensions carry a signal above their noise: Var_x E[z|x] > E_x Var[z|x] (the active units of Burda et al.
+    2016, with the noise as the threshold). mean, log_var (images, D) of q(z|x)."""
+    return int((mean.var(0, correction=0) > log_var.exp().mean(0)).sum())
+
+
+def active(data_dir):
+    """{training: [active dimensions, latent size]} of every Omniglot model in results/, on the validation images in sets of 200."""
+    sys.path.insert(0, str(RESULTS.parent / "omniglot"))
+    import torch
+    from dataloader import draw_sets, load_split
+    from model import GMVAE
+    from runtime import load_model, one_line_errors
+
+    counts = {}
+    with one_line_errors(), torch.inference_mode():
+        images = load_split(data_dir or RESULTS.parent / DATA["omniglot"], "val").flatten(0, 1)
+        sets = draw_sets(images, len(images) // 200, 200, torch.Generator().manual_seed(0))
+        for path in [*sorted(RESULTS.glob("omniglot-*/1shot_best.pt")), *sorted(OUT.glob("*/1shot_best.pt"))]:
+            model = load_model(path, GMVAE)
+            terms = [model.posterior(model.encode(x).unsqueeze(0)) for x in sets]
+            name = path.parent.name
+            counts[name] = [active_dims(*(torch.cat(parts, 1)[0] for parts in zip(*terms))), model.sizes["latent_size"]]
+            print(name, *counts[name])
+    save(OUT / "active.json", lambda temporary: temporary.write_text(json.dumps(counts, indent=1) + "\n"))
+
+
 def plot():
     """ways.png: accuracy over the number of ways; kl.png: the KL term and the accuracy while the warm-ups differ."""
     import matplotlib
@@ -124,7 +153,7 @@ def save_figure(path, figure):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=["ways", "test", "train", "plot"], help="see above")
+    p.add_argument("what", choices=["ways", "test", "train", "active", "plot"], help="see above")
     p.add_argument("names", nargs="*", help="ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)")
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()
@@ -140,6 +169,8 @@ def main():
             test(run, TEST if args.what == "test" else [WAYS], args.data_dir)
     elif args.what == "train":
         train(args.names, args.data_dir)
+    elif args.what == "active":
+        active(args.data_dir)
     else:
         plot()
 

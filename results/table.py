@@ -149,21 +149,26 @@ def train_ablations():
     rows = {"omniglot": [], "mimgnet": [(RESULTS / "mimgnet-5way-fast", "")]}  # (folder, changed flags)
     for name, flags in TRAIN.items():
         rows["mimgnet" if name.startswith("mimgnet-") else "omniglot"].append((RESULTS / "ablations" / name, flags))
-    parts = []
+    parts, active = [], json.loads((RESULTS / "ablations/active.json").read_text())
     for (experiment, folders), base, shots in zip(rows.items(), (SHORT, MINI), ((1, 5), (1, 5, 20, 50))):
         names = [f"5way{shot}shot" for shot in shots]
+        header = ["changed", *map(readable, names), "reconstruction", "KL", *(["dimensions used"] if experiment == "omniglot" else []), "minutes"]
         lines = [f"Every training on {NAMES[experiment]}: `{base}`, test accuracy in %, and\n"]
-        lines += [f"| changed | {' | '.join(map(readable, names))} | reconstruction | KL | minutes |", "|---" * (len(names) + 4) + "|"]
+        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for folder, flags in folders:
-            cells = ["not run", *[""] * (len(names) + 2)]
+            cells = ["not run", *[""] * (len(header) - 2)]
             if (folder / "test.json").exists():
                 scores = json.loads((folder / "test.json").read_text())
                 last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
                 cells = [interval(scores[name]) for name in names]
-                cells += [f"{last['reconstruction']:.0f}", f"{last['kl']:.1f}", f"{last['seconds'] / 60:.0f}"]
+                cells += [f"{last['reconstruction']:.0f}", f"{last['kl']:.1f}"]
+                if experiment == "omniglot":
+                    cells.append(" of ".join(map(str, active[folder.name])))
+                cells.append(f"{last['seconds'] / 60:.0f}")
             lines.append(f"| {f'`{flags}`' if flags else 'nothing'} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    trained = ", ".join(f"`{name}` {used}" for name, (used, _) in active.items() if name.startswith("omniglot-"))
+    return "\n\n".join([*parts, f"Dimensions used by the runs of `../README.md`: {trained}"])
 
 
 def recipe_table():

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -45,6 +46,27 @@ def test_the_ablations_are_flags():
         experiment, base = ("mimgnet", ablations.MINI) if name.startswith("mimgnet-") else ("omniglot", ablations.SHORT)
         before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
         assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
+
+
+def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
+    sys.path.insert(0, str(ROOT / "results"))
+    import ablations
+
+    log_var = torch.tensor([0.02, 0.5, 1.0, 4.0]).log().expand(1000, -1)
+    scale = torch.tensor([1.0, 0.5, 0.0, 3.0])  # of the means: variance 1, 0.25, 0 and 9
+    mean = 7 + scale * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    assert ablations.active_dims(mean, log_var) == 2
+
+
+@needs_shared_data
+def test_the_active_dimensions_are_those_of_the_checkpoints(omniglot_dir, tmp_path):
+    for script in ("results", "omniglot"):
+        shutil.copytree(ROOT / script, tmp_path / script, ignore=shutil.ignore_patterns("runs", "ablations", "mimgnet*", "bench"))
+    script = tmp_path / "results/ablations.py"
+    result = subprocess.run([sys.executable, script, "active", "--data-dir", omniglot_dir], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found, said = (json.loads((place / "results/ablations/active.json").read_text()) for place in (tmp_path, ROOT))
+    assert found and all(said[name] == counts for name, counts in found.items())
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
