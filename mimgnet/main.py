@@ -197,7 +197,7 @@ def validate(model, images, step, history, args):
     return results
 
 
-def train(splits, device, bf16, stop, args):
+def train(splits, device, bf16, config, stop, args):
     """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal, after a checkpoint, once `stop` is not empty."""
     torch.manual_seed(args.seed)
     model = GMVAE(splits["train"].shape[-1], args.hidden_size, args.latent_size, not args.no_set_attention, bf16).to(device)
@@ -212,10 +212,10 @@ def train(splits, device, bf16, stop, args):
     progress = {"step": 0, "seconds": 0.0, "history": []}
     if last.exists():
         checkpoint = load_checkpoint(last)
-        check_width(args.data_dir, "train", splits["train"], checkpoint["sizes"]["feature_size"], last)
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
         write_metrics(args.save_dir, progress["history"])  # a kill may have come between the two files
+    write_json(args.save_dir / "config.json", config)
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
@@ -240,7 +240,7 @@ def train(splits, device, bf16, stop, args):
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()}, refresh=False)
         if saving and not all(p.isfinite().all() for p in model.parameters()):
             found = ", ".join(f"{name} {value}" for name, value in terms.items())
-            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected; last.pt keeps the last good checkpoint")
+            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected")
         if validating:
             results = validate(evaluated, splits["val"], step, history, args)
             history.append({"step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
@@ -313,9 +313,9 @@ def main():
             check_encoder(described, path, args.data_dir)
             open_test_folder(args.save_dir, run)
         else:
-            open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
+            config = open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:
-                train(splits, device, bf16, stop, args)
+                train(splits, device, bf16, config, stop, args)
         test(splits["test"], device, args)
 
 

@@ -208,7 +208,7 @@ def validate(model, images, step, history, args):
     return results
 
 
-def train(splits, device, bf16, stop, args):
+def train(splits, device, bf16, config, stop, args):
     """Trains from the start, or from last.pt, to --train-iters. Leaves with status 128 + signal, after a checkpoint, once `stop` is not empty."""
     torch.manual_seed(args.seed)
     model = GMVAE(args.hidden_size, args.latent_size, not args.no_set_attention, bf16).to(device)
@@ -226,6 +226,7 @@ def train(splits, device, bf16, stop, args):
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
         write_metrics(args.save_dir, progress["history"])  # a kill may have come between the two files
+    write_json(args.save_dir / "config.json", config)
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
@@ -250,7 +251,7 @@ def train(splits, device, bf16, stop, args):
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()}, refresh=False)
         if saving and not all(p.isfinite().all() for p in model.parameters()):
             found = ", ".join(f"{name} {value}" for name, value in terms.items())
-            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected; last.pt keeps the last good checkpoint")
+            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected")
         if validating:
             results = validate(evaluated, splits["val"], step, history, args)
             history.append({"step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
@@ -306,9 +307,9 @@ def main():
         if args.eval_only:
             open_test_folder(args.save_dir, run)
         else:
-            open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
+            config = open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:
-                train(splits, device, bf16, stop, args)
+                train(splits, device, bf16, config, stop, args)
         test(splits["test"], device, args)
 
 

@@ -172,11 +172,14 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path):
     """A checkpoint, on the CPU, without pickle's code execution. Raises UserError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: not found, a checkpoint expected") from None
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: not a checkpoint (a {type(checkpoint).__name__} found, a dictionary expected)")
+    return checkpoint
 
 
 def load_model(path, network):
@@ -240,7 +243,7 @@ def describe_run(args, device, bf16, arrays):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "git_commit": git_commit(),
-        "data": {split: {"shape": list(array.shape), "crc32": zlib.crc32(array.numpy())} for split, array in arrays.items()},
+        "data": {split: {"shape": list(array.shape), "crc32": zlib.crc32(array.contiguous().numpy())} for split, array in arrays.items()},
     }
 
 
@@ -257,10 +260,11 @@ def read_config(save_dir):
 
 
 def open_folder(save_dir, config, resume, free):
-    """Makes a training run's folder with its config.json, or opens it again; `free` flags may then differ from the first time.
+    """Makes a training run's folder, or opens it again; `free` flags may then differ from the first time.
 
-    Every time it was resumed is added to `resumed` in config.json. Raises UserError if the folder holds another run, or if
-    a resumed one would train something else or on something else. A run that ended before its first checkpoint is none.
+    Returns the config.json to write once the run's state is restored: `config` or, of a resumed run, its first one with this
+    time added to `resumed`. Raises UserError if the folder holds another run, or if a resumed one would train something else
+    or on something else. A run that ended before its first checkpoint is none.
     """
     before = read_config(save_dir)
     if not before and (save_dir / "last.pt").exists():
@@ -284,7 +288,7 @@ def open_folder(save_dir, config, resume, free):
         again = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
         config = {**before, "args": config["args"], "resumed": [*before.get("resumed", []), again]}
     save_dir.mkdir(parents=True, exist_ok=True)
-    write_json(save_dir / "config.json", config)
+    return config
 
 
 def open_test_folder(save_dir, config):
@@ -335,7 +339,7 @@ class LossLog:
         for i, row in enumerate(rows, start=step + 1 - len(rows)):
             if not all(map(math.isfinite, row)):
                 terms = ", ".join(f"{name} {value}" for name, value in zip(self.names, row))
-                raise UserError(f"step {i}: the loss is not finite ({terms}), a finite one expected; last.pt keeps the last good checkpoint")
+                raise UserError(f"step {i}: the loss is not finite ({terms}), a finite one expected")
             for name, value in zip(self.names, row):
                 self.tensorboard.add_scalar(f"train/{name}", value, i)
         return dict(zip(self.names, row))

@@ -90,17 +90,18 @@ def active(data_dir):
     from model import GMVAE
     from runtime import load_model, one_line_errors
 
-    counts = {}
+    path = OUT / "active.json"
+    counts = json.loads(path.read_text()) if path.exists() else {}  # the trainings' weights are not in the repository
     with one_line_errors(), torch.inference_mode():
         images = load_split(data_dir or RESULTS.parent / DATA["omniglot"], "val").flatten(0, 1)
         sets = draw_sets(images, len(images) // 200, 200, torch.Generator().manual_seed(0))
-        for path in [*sorted(RESULTS.glob("omniglot-*/1shot_best.pt")), *sorted(OUT.glob("*/1shot_best.pt"))]:
-            model = load_model(path, GMVAE)
+        for weights in [*sorted(RESULTS.glob("omniglot-*/1shot_best.pt")), *sorted(OUT.glob("*/1shot_best.pt"))]:
+            model = load_model(weights, GMVAE)
             terms = [model.posterior(model.encode(x).unsqueeze(0)) for x in sets]
-            name = path.parent.name
+            name = weights.parent.name
             counts[name] = [active_dims(*(torch.cat(parts, 1)[0] for parts in zip(*terms))), model.sizes["latent_size"]]
             print(name, *counts[name])
-    save(OUT / "active.json", lambda temporary: temporary.write_text(json.dumps(counts, indent=1) + "\n"))
+    save(path, lambda temporary: temporary.write_text(json.dumps(counts, indent=1) + "\n"))
 
 
 def plot():

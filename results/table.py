@@ -163,7 +163,7 @@ def train_ablations():
                 cells = [interval(scores[name]) for name in names]
                 cells += [f"{last['reconstruction']:.0f}", f"{last['kl']:.1f}"]
                 if experiment == "omniglot":
-                    cells.append(" of ".join(map(str, active[folder.name])))
+                    cells.append(" of ".join(map(str, active.get(folder.name, ["not run"]))))
                 cells.append(f"{last['seconds'] / 60:.0f}")
             lines.append(f"| {f'`{flags}`' if flags else 'nothing'} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))

@@ -162,6 +162,7 @@ def write_array(path, array):
 
 def export(splits, device, args):
     """Writes the three feature files of --checkpoint or of the run's own encoder; returns {split: (classes, n, width)}."""
+    torch.backends.cudnn.benchmark = False  # the kernels it finds may differ, and with them last bits of the features
     path = args.checkpoint or args.save_dir / f"{args.export}.pt"
     encoder = load_model(path, Encoder).to(device)
     epoch = load_checkpoint(path).get("epoch")
@@ -218,7 +219,7 @@ def validate(encoder, images, epoch, step, history, args):
     return results
 
 
-def train(splits, device, bf16, stop, args):
+def train(splits, device, bf16, config, stop, args):
     """Trains from the start, or from last.pt, to --train-epochs. Leaves with status 128 + signal, after a checkpoint, once `stop` is not empty."""
     torch.manual_seed(args.seed)
     encoder, projection = Encoder(args.hidden_size, bf16).to(device), projection_head(args.hidden_size).to(device)
@@ -236,6 +237,7 @@ def train(splits, device, bf16, stop, args):
         restore(parts, checkpoint, last)
         progress = {name: checkpoint[name] for name in progress}
         write_metrics(args.save_dir, progress["history"])  # a kill may have come between the two files
+    write_json(args.save_dir / "config.json", config)
     start, history = progress["step"], progress["history"]
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
@@ -262,7 +264,7 @@ def train(splits, device, bf16, stop, args):
             terms = losses.flush(step)
             bar.set_postfix({"epoch": epoch + 1, **{name: f"{value:.3f}" for name, value in terms.items()}}, refresh=False)
         if saving and not all(p.isfinite().all() for p in parameters):
-            raise UserError(f"step {step}: a weight is not finite (nt_xent {terms['nt_xent']}), finite ones expected; last.pt keeps the last good checkpoint")
+            raise UserError(f"step {step}: a weight is not finite (nt_xent {terms['nt_xent']}), finite ones expected")
         if validating:
             results = validate(encoder, splits["val"], epoch + 1, step, history, args)
             history.append({"epoch": epoch + 1, "step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
@@ -350,9 +352,9 @@ def main():
             load_model(args.checkpoint, Encoder)  # refused before anything is written
             open_test_folder(args.save_dir, run)
         if not args.export_only:
-            open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
+            config = open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:
-                train(splits, device, bf16, stop, args)
+                train(splits, device, bf16, config, stop, args)
         features = export(splits, device, args)
         if args.probe:
             probe(features, args)

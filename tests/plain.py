@@ -199,7 +199,8 @@ class Encoder(nn.Module):
 def nt_xent(z, temperature):
     """Mean over the 2 N views of -log exp(s_ij / t) / sum over k other than i of exp(s_ik / t), s the cosine similarity."""
     N = len(z) // 2
-    similar = F.cosine_similarity(z.unsqueeze(1), z.unsqueeze(0), dim=-1) / temperature  # (2 N, 2 N)
+    z = F.normalize(z)
+    similar = z @ z.mT / temperature  # (2 N, 2 N)
     others = ~torch.eye(2 * N, dtype=torch.bool, device=z.device)
     total = (similar.exp() * others).sum(1).log()
     positive = torch.cat([similar.diagonal(N), similar.diagonal(-N)])

@@ -1,11 +1,13 @@
 """The programs on a GPU, where there is one."""
 
 import json
+import signal
 
 import pytest
 import torch
 
 from conftest import load, run
+from test_omniglot_cli import STOPPED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = "cuda"
@@ -57,10 +59,13 @@ def test_the_same_views_as_on_the_cpu():
 
 
 def test_a_run_resumed_on_the_gpu_and_tested_on_the_cpu(glyphs_dir, tmp_path):
-    flags = ["--data-dir", glyphs_dir, *SMALL, "--train-iters", 20, "--freq-iters", 10, "--eval-episodes", 20]
-    for _ in range(2):  # the second time it finds everything done, and tests again
-        result = run("omniglot", *flags, "--device", DEVICE, "--save-dir", tmp_path / "run", "--resume")
-        assert result.returncode == 0, result.stderr
+    flags = ["--data-dir", glyphs_dir, *SMALL, "--train-iters", 40, "--freq-iters", 20, "--eval-episodes", 20]
+    on_gpu = [*flags, "--device", DEVICE, "--save-dir", tmp_path / "run"]
+    result = run("omniglot", STOPPED.format(int(signal.SIGTERM)), *on_gpu, script="-c")  # after step 30
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    result = run("omniglot", *on_gpu, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 40
     result = run("omniglot", *flags, "--device", "cpu", "--eval-only", "--checkpoint", tmp_path / "run", "--save-dir", tmp_path / "eval")
     assert result.returncode == 0, result.stderr
     there, here = (json.loads((tmp_path / name / "test.json").read_text()) for name in ("run", "eval"))

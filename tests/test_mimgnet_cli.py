@@ -279,6 +279,7 @@ def test_foreign_and_damaged_checkpoints(data, tmp_path, refused):
         ({"model": wide.state_dict(), "sizes": wide.sizes}, "test_features.npy: 32 features an image, expected 36 as in"),
         ({"model": wide.state_dict(), "sizes": {**wide.sizes, "latent_size": 5}}, "some.pt: not a checkpoint of this experiment"),
         ([1, 2], "some.pt: not a checkpoint"),
+        (torch.zeros(3), "some.pt: not a checkpoint"),
         (None, "some.pt: not a readable checkpoint"),
     ):
         path.write_bytes(b"damaged") if content is None else torch.save(content, path)

@@ -14,7 +14,7 @@ import torch
 
 from conftest import ROOT, fails, needs_shared_data, run, shared_data
 
-TINY = "--hidden-size 8 --latent-size 8 --batch-size 2 --sample-size 20 --train-mc-sample-size 2 --test-mc-sample-size 2 --eval-episodes 8".split()
+TINY = "--hidden-size 8 --latent-size 8 --batch-size 2 --sample-size 20 --train-mc-sample-size 2 --test-mc-sample-size 2 --eval-episodes 8 --device cpu".split()
 
 
 def metrics(folder):
@@ -269,7 +269,9 @@ def test_a_damaged_run_is_not_resumed(whole_run, tmp_path):
         (copy / name).write_bytes(content)
         fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), name, words)
     torch.save({"step": 3}, copy / "last.pt")
+    config = (copy / "config.json").read_text()
     fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), "last.pt", "not a checkpoint of this run")
+    assert (copy / "config.json").read_text() == config
     (copy / "config.json").rename(tmp_path / "aside")
     fails(run("omniglot", "--save-dir", copy, *flags), copy, "last.pt found without")
     (tmp_path / "aside").rename(copy / "config.json")
@@ -306,7 +308,7 @@ def test_real_omniglot(tmp_path):
     """Prepares the real archives and trains a few steps on them."""
     result = run("data/omniglot", "--source", shared_data / "omniglot", "--out", tmp_path / "data", script="prepare.py")
     assert result.returncode == 0, result.stderr
-    flags = "--train-mc-sample-size 1 --train-iters 6 --freq-iters 3 --eval-episodes 20".split()
+    flags = "--train-mc-sample-size 1 --train-iters 6 --freq-iters 3 --eval-episodes 20 --device cpu".split()
     result = run("omniglot", "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run", *flags, timeout=300)
     assert result.returncode == 0, result.stderr
     first, last = metrics(tmp_path / "run")

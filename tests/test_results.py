@@ -30,7 +30,9 @@ def test_the_commands_are_understood(name, least):
     for entered, script, flags in re.findall(r"\bcd (\w+)|python (main|figures|bench)\.py([^\n`#)]*)", text):
         folder = entered or folder
         if script and "--help" not in flags:
-            load("." if script == "bench" else folder, script).parse_args(shlex.split(flags))  # leaves with status 2 if it is not
+            args = load("." if script == "bench" else folder, script).parse_args(shlex.split(flags))  # leaves with status 2 if it is not
+            if (folder, script) == ("omniglot", "main"):
+                assert max(args.test_shot) + args.query <= 20, flags  # drawings of a character
             found += 1
     assert found >= least
 

@@ -49,6 +49,12 @@ def test_without_git(monkeypatch):
     assert config["git_commit"] is None and config["args"] == {"seed": 0} and config["data"]["train"]["shape"] == [2, 3]
 
 
+def test_a_checksum_is_of_the_values_not_of_their_order_in_memory():
+    x = torch.arange(6.0).view(2, 3)
+    describe = lambda x: runtime.describe_run(argparse.Namespace(), torch.device("cpu"), False, {"train": x})["data"]  # noqa: E731
+    assert describe(x) == describe(x.T.contiguous().T) != describe(x + 1)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     runtime.write_text(tmp_path / "file", "old")
 

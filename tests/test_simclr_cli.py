@@ -20,7 +20,7 @@ from test_imgnet import make_source
 
 data, model = load("simclr", "dataloader"), load("simclr", "model")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads would only wait for each other over models this small
-TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --way 2 --query 1 --eval-episodes 6 --test-shot 1 2".split()
+TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --way 2 --query 1 --eval-episodes 6 --test-shot 1 2 --device cpu".split()
 
 
 def run(folder, *args, **options):
@@ -185,7 +185,7 @@ def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):
 
 
 def test_contact_sheet(data_dir, tmp_path):
-    result = run("simclr", "--data-dir", data_dir, "--contact-sheet", tmp_path / "sheet.png", "--save-dir", tmp_path / "s")
+    result = run("simclr", "--data-dir", data_dir, "--contact-sheet", tmp_path / "sheet.png", "--save-dir", tmp_path / "s", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert picture.shape == (4 * 84, 10 * 84, 3) and not (tmp_path / "s").exists()
