@@ -172,12 +172,13 @@ def train_ablations():
 
 
 def recipe_table():
-    """What was tried for the fast recipe: the validations in results/recipe/*.jsonl."""
+    """What was tried for the fast recipe: the validations in results/recipe/*.jsonl, and of the runs kept."""
     lines = ["| run | steps | 1-shot | 5-shot | reconstruction | KL |", "|---|---|---|---|---|---|"]
-    for path in sorted((RESULTS / "recipe").glob("*.jsonl")):
+    kept = {path.parent.name: path for path in RESULTS.glob("omniglot-*/metrics.jsonl") if "-seed" not in path.parent.name}
+    for name, path in sorted(({path.stem: path for path in (RESULTS / "recipe").glob("*.jsonl")} | kept).items()):
         for line in map(json.loads, path.read_text().splitlines()):
-            cells = [f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}" for name, cell in line.items() if name.endswith("shot")]
-            lines.append(f"| {path.stem} | {line['step']} | {' | '.join(cells)} | {line['reconstruction']:.0f} | {line['kl']:.1f} |")
+            cells = [f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}" for key, cell in line.items() if key.endswith("shot")]
+            lines.append(f"| {name} | {line['step']} | {' | '.join(cells)} | {line['reconstruction']:.0f} | {line['kl']:.1f} |")
     seen = json.loads((RESULTS / "recipe/training-classes.json").read_text())
     scores = ", ".join(f"{readable(cell)} {interval(found)} %" for cell, found in seen.items())
     return "\n".join([*lines, "", f"The kept run's `5shot_best.pt`, tested on 1,292 of its own training classes: {scores}"])
