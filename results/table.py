@@ -180,8 +180,10 @@ def recipe_table():
             cells = [f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}" for key, cell in line.items() if key.endswith("shot")]
             lines.append(f"| {name} | {line['step']} | {' | '.join(cells)} | {line['reconstruction']:.0f} | {line['kl']:.1f} |")
     seen = json.loads((RESULTS / "recipe/training-classes.json").read_text())
-    scores = ", ".join(f"{readable(cell)} {interval(found)} %" for cell, found in seen.items())
-    return "\n".join([*lines, "", f"The kept run's `5shot_best.pt`, tested on 1,292 of its own training classes: {scores}"])
+    lines += ["", "`5shot_best.pt`, tested on 1,292 of its own training classes:\n"]
+    for run, cells in seen.items():
+        lines.append(f"* `{run}`: {', '.join(f'{readable(cell)} {interval(found)} %' for cell, found in cells.items())}")
+    return "\n".join(lines)
 
 
 def demo():
