@@ -95,7 +95,7 @@ def test_part_of_the_table_does_not_replace_the_whole():
 def test_the_report(tmp_path):
     """The command as a user runs it, every measurement in small."""
     flags = ["--tiny", "--baseline", "--repeat", 2, "--device", "cpu", "--precision", "fp32", "--out", tmp_path]
-    result = run(".", *flags, script="bench.py", env={"OMP_NUM_THREADS": "1"}, timeout=300)
+    result = run(".", *flags, script="bench.py", env={"OMP_NUM_THREADS": "1"}, timeout=600)
     assert result.returncode == 0, result.stderr
     (path,) = tmp_path.iterdir()
     report = json.loads(path.read_text())
