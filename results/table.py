@@ -199,12 +199,12 @@ def speed_table(path, before=None):
     versions = bench["versions"]
     threads = f", {bench['threads']} threads" if bench["device"].endswith("CPU") else ""
     lines = [f"{bench['device']}{threads}, torch {versions['torch']}, networks in {bench['precision']}: `{bench['command']}`\n"]
-    header = ["", "here", "plain float32", "speed-up", "peak memory", "plain's", *(["here, before", "speed-up, before"] if before else [])]
+    header = ["", "here", "plain float32", "speed-up", "peak memory", "plain's", *(["here, before"] if before else [])]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, row in bench["measurements"].items():
         cells = [row["title"], pace(row, "ours"), pace(row, "plain"), ratio(row), memory(row, "ours"), memory(row, "plain")]
         if before:
-            cells += [pace(old["measurements"][name], "ours"), ratio(old["measurements"][name])]
+            cells.append(pace(old["measurements"][name], "ours"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
