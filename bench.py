@@ -1,7 +1,7 @@
 """Time and memory of the programs on this machine, at the published settings and on random inputs.
 
-    python bench.py                   # every measurement, about 4 minutes on two CPU cores
-    python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 10 minutes
+    python bench.py                   # every measurement, about 5 minutes on two CPU cores
+    python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 12 minutes
 
 Prints a table and writes results/bench/<device>-<precision>.json. A time is the median of several after a warm-up. The
 baseline is eager float32 written from the equations, checked to give the same results: in the same process, on the same

@@ -213,7 +213,8 @@ def pace(row, version):
     """Seconds of a step, or items a second."""
     if version not in row:
         return ""
-    return f"{row[version]['seconds']:.2f} s" if row["items"] == 1 else f"{row[version]['rate']:,.0f} {row['unit']}/s"
+    seconds, rate = row[version]["seconds"], row[version]["rate"]
+    return f"{seconds:.2f} s" if row["items"] == 1 else f"{rate:,.{0 if rate >= 10 else 1}f} {row['unit']}/s"
 
 
 def ratio(row):
