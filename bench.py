@@ -193,10 +193,11 @@ def bench(args, device, bf16):
     for name in names:
         print(f"{name} ...", file=sys.stderr)
         if len(names) > 1:
-            rows[name] = measure_apart(name)
-            continue
-        build, *settings = PAIRS[name]
-        rows[name] = row = measure(build(*settings, args.tiny, device, bf16), device, args.baseline, args.repeat)
+            row = measure_apart(name)
+        else:
+            build, *settings = PAIRS[name]
+            row = measure(build(*settings, args.tiny, device, bf16), device, args.baseline, args.repeat)
+        rows[name] = row
         row["ours"]["share_of_matmul_rate"] = row["ours"]["flop"] / row["ours"]["seconds"] / rates[row["precision"]]
     show(HEADER, map(cells, rows.values()))
     print(", ".join(f"{precision} matrix product {rate / 1e12:.3g} TFLOP/s" for precision, rate in rates.items()))

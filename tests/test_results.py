@@ -38,9 +38,7 @@ def test_the_commands_are_understood(name, least):
 
 
 def test_the_ablations_are_flags():
-    sys.path.insert(0, str(ROOT / "results"))
-    import ablations
-
+    ablations = load("results", "ablations")
     parsers = {experiment: load(experiment, "main").parse_args for experiment in ("omniglot", "mimgnet")}
     for flags in [ablations.WAYS, *ablations.TEST]:
         parsers["omniglot"](flags.split())
@@ -51,9 +49,7 @@ def test_the_ablations_are_flags():
 
 
 def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
-    sys.path.insert(0, str(ROOT / "results"))
-    import ablations
-
+    ablations = load("results", "ablations")
     log_var = torch.tensor([0.02, 0.5, 1.0, 4.0]).log().expand(1000, -1)
     scale = torch.tensor([1.0, 0.5, 0.0, 3.0])  # of the means: variance 1, 0.25, 0 and 9
     mean = 7 + scale * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
