@@ -14,6 +14,8 @@ training, as any run leaves it, and continues where it was killed; `active` writ
 import argparse
 import json
 import os
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 600 --train-iters 600 --freq
 MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet-5way-fast, with which to compare
 TRAIN = {  # name -> what differs from SHORT or, for Mini-ImageNet, from MINI; a later flag overrides an earlier one
     "as-the-others": "",
+    "seed-1": "--seed 1",
+    "seed-2": "--seed 2",
     "kl-warmup-none": "--kl-warmup-iters 0",
     "kl-warmup-200": "--kl-warmup-iters 200",
     "no-set-attention": "--no-set-attention",
@@ -104,22 +108,36 @@ def active(data_dir):
     save(path, lambda temporary: temporary.write_text(json.dumps(counts, indent=1) + "\n"))
 
 
+def without_seed(name):
+    """The name of a run without the seed: 'a-seed1' -> 'a'."""
+    return re.sub(r"-seed\d+$", "", name)
+
+
+def other_ways():
+    """{run without its seed: [test.json at every number of ways, of each seed]}, as far as `ways` was run."""
+    runs = {}
+    for path in sorted(OUT.glob("omniglot-*.json")):
+        variants = json.loads(path.read_text())
+        if WAYS in variants:
+            runs.setdefault(without_seed(path.stem), []).append(variants[WAYS])
+    return runs
+
+
 def plot():
-    """ways.png: accuracy over the number of ways; kl.png: the KL term and the accuracy while the warm-ups differ."""
+    """ways.png: accuracy over the number of ways, shaded between the seeds of a run; kl.png: the KL term and the accuracy while the warm-ups differ."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for path in sorted(OUT.glob("omniglot-*.json")):
-        cells = json.loads(path.read_text()).get(WAYS)
-        if not cells:
-            continue  # not run yet
+    for run, seeds in other_ways().items():
         for axis, shot in zip(axes, (1, 5)):
             ways = [5, 10, 15, 20]
-            accuracy, ci95 = ([cells[f"{way}way{shot}shot"][key] for way in ways] for key in ("accuracy", "ci95"))
-            axis.errorbar(ways, accuracy, ci95, marker="o", label=path.stem)
+            accuracies = [[test[f"{way}way{shot}shot"]["accuracy"] for way in ways] for test in seeds]
+            (line,) = axis.plot(ways, [statistics.fmean(column) for column in zip(*accuracies)], marker="o", label=run)
+            if len(seeds) > 1:
+                axis.fill_between(ways, *([best(column) for column in zip(*accuracies)] for best in (min, max)), color=line.get_color(), alpha=0.2)
             axis.set(title=f"Omniglot, {shot}-shot test", xlabel="ways at test", xticks=ways)
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(title="trained model")

@@ -8,12 +8,11 @@ run that learned the features of every mimgnet run.
 """
 
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
 
-from ablations import MINI, SHORT, TEST, TRAIN, WAYS
+from ablations import MINI, SHORT, TEST, TRAIN, other_ways, without_seed
 
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
@@ -43,7 +42,7 @@ def read_runs():
     for path in sorted(RESULTS.glob("*/test.json")):
         config, metrics = path.with_name("config.json"), path.with_name("metrics.jsonl")
         seconds = json.loads(metrics.read_text().splitlines()[-1])["seconds"] if metrics.exists() else None
-        name = re.sub(r"-seed\d+$", "", path.parent.name)
+        name = without_seed(path.parent.name)
         run = {"args": {}, "device": "?"} | json.loads(config.read_text())
         runs.setdefault(name, []).append(run | {"test": json.loads(path.read_text()), "seconds": seconds})
     return runs
@@ -66,8 +65,8 @@ def recipe(experiment, run):
 
 
 def score(seeds, cell):
-    """(mean, 'mean ± interval') of a cell over the seeds of a run: the 95 % interval of one, the spread of several."""
-    cells = [run["test"][cell] for run in seeds]
+    """(mean, 'mean ± interval') of a cell over the tests of a run's seeds: the 95 % interval of one, the spread of several."""
+    cells = [test[cell] for test in seeds]
     mean = statistics.fmean(c["accuracy"] for c in cells)
     if len(cells) == 1:
         return mean, f"{mean:.2f} ± {cells[0]['ci95']:.2f}"
@@ -99,7 +98,7 @@ def table():
             baselines = {name: s for name, s in runs.items() if name.startswith("simclr") and all(cell in run["test"] for run in s)}
             rows += [(name, seeds, "baseline: logistic regression on the features") for name, seeds in baselines.items()]
         for name, seeds, made_by in rows:
-            mean, text = score(seeds, cell)
+            mean, text = score([run["test"] for run in seeds], cell)
             cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", made_by, describe(name, seeds)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -122,10 +121,10 @@ def tested():
 def ways_table():
     """Every trained Omniglot model at every number of ways."""
     lines = ["| trained model | shots at test | 5 ways | 10 ways | 15 ways | 20 ways |", "|---|---|---|---|---|---|"]
-    for run, variants in tested().items():
-        if WAYS in variants:
-            for shot in (1, 5):
-                lines.append(f"| `{run}` | {shot} | " + " | ".join(interval(variants[WAYS][f"{way}way{shot}shot"]) for way in (5, 10, 15, 20)) + " |")
+    for run, seeds in other_ways().items():
+        for shot in (1, 5):
+            scores = [score(seeds, f"{way}way{shot}shot")[1] for way in (5, 10, 15, 20)]
+            lines.append(f"| `{run}` | {shot} | {' | '.join(scores)} |")
     return "\n".join(lines)
 
 

@@ -56,6 +56,14 @@ def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
     assert ablations.active_dims(mean, log_var) == 2
 
 
+def test_other_ways_are_of_the_runs_themselves():
+    ablations = load("results", "ablations")
+    for path in ablations.OUT.glob("omniglot-*.json"):
+        found, said = json.loads(path.read_text())[ablations.WAYS], json.loads((ROOT / "results" / path.stem / "test.json").read_text())
+        for name in said:
+            assert abs(found[name]["accuracy"] - said[name]["accuracy"]) < 0.05, (path.name, name)
+
+
 @needs_shared_data
 def test_the_active_dimensions_are_those_of_the_checkpoints(omniglot_dir, tmp_path):
     for script in ("results", "omniglot"):
