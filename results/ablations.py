@@ -113,13 +113,17 @@ def without_seed(name):
     return re.sub(r"-seed\d+$", "", name)
 
 
+def tested():
+    """{run: {flags: its test.json}} of what `ways` and `test` have left."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(OUT.glob("*-*.json"))}
+
+
 def other_ways():
-    """{run without its seed: [test.json at every number of ways, of each seed]}, as far as `ways` was run."""
+    """{Omniglot run without its seed: [test.json at every number of ways, of each seed]}, as far as `ways` was run."""
     runs = {}
-    for path in sorted(OUT.glob("omniglot-*.json")):
-        variants = json.loads(path.read_text())
-        if WAYS in variants:
-            runs.setdefault(without_seed(path.stem), []).append(variants[WAYS])
+    for run, variants in tested().items():
+        if run.startswith("omniglot-") and WAYS in variants:
+            runs.setdefault(without_seed(run), []).append(variants[WAYS])
     return runs
 
 
@@ -134,10 +138,10 @@ def plot():
     for run, seeds in other_ways().items():
         for axis, shot in zip(axes, (1, 5)):
             ways = [5, 10, 15, 20]
-            accuracies = [[test[f"{way}way{shot}shot"]["accuracy"] for way in ways] for test in seeds]
-            (line,) = axis.plot(ways, [statistics.fmean(column) for column in zip(*accuracies)], marker="o", label=run)
+            accuracies = [[test[f"{way}way{shot}shot"]["accuracy"] for test in seeds] for way in ways]
+            (line,) = axis.plot(ways, list(map(statistics.fmean, accuracies)), marker="o", label=run)
             if len(seeds) > 1:
-                axis.fill_between(ways, *([best(column) for column in zip(*accuracies)] for best in (min, max)), color=line.get_color(), alpha=0.2)
+                axis.fill_between(ways, list(map(min, accuracies)), list(map(max, accuracies)), color=line.get_color(), alpha=0.2)
             axis.set(title=f"Omniglot, {shot}-shot test", xlabel="ways at test", xticks=ways)
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(title="trained model")

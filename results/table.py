@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from ablations import MINI, SHORT, TEST, TRAIN, other_ways, without_seed
+from ablations import MINI, SHORT, TEST, TRAIN, other_ways, tested, without_seed
 
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
@@ -111,11 +111,6 @@ def readable(cell):
 
 def interval(cell):
     return f"{cell['accuracy']:.2f} ± {cell['ci95']:.2f}"
-
-
-def tested():
-    """{run: {flags: its test.json}} of results/ablations.py, ways and test."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "ablations").glob("*-*.json"))}
 
 
 def ways_table():
