@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
 from folders import ROOT, load
-from pairs import PAIRS, difference
+from pairs import COMPILED, PAIRS, difference
 
 runtime = load("omniglot", "runtime")
 SECONDS = 8  # of timing, for each part of a measurement: 3 calls if they take longer, 2 of the plain version
@@ -98,16 +98,15 @@ def seconds(call, device, repeat=1):
     return (time.perf_counter() - start) / repeat
 
 
-def first_calls(call, device):
-    """The warm-up: (result, FLOP of its matrix products and convolutions, peak memory or None, seconds)."""
-    observed = []
-    with FlopCounterMode(display=False) as counter:
+def first_calls(call, device, warm_up):
+    """The warm-up: (first result, FLOP of its matrix products and convolutions, peak memory or None, seconds)."""
+    observed = [peak_of(call, device) for _ in range(warm_up)]
+    with FlopCounterMode(display=False) as counter:  # under which torch.compile stands aside
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
-    result, memory = observed[0]
     if took < 10:  # a second one, without what only the first has to load
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
-        memory = observed[1][1]
-    return result, counter.get_total_flops(), memory, took
+    memory = observed[0 if warm_up else -1][1]  # CUDA graphs keep theirs from the first call on
+    return observed[0][0], counter.get_total_flops(), memory, took
 
 
 def measure(pair, device, baseline, repeat):
@@ -119,7 +118,7 @@ def measure(pair, device, baseline, repeat):
         use_allocator(version)
         row[version], memories = {"flop": 0}, []
         for part, (call, times) in parts.items():
-            results[version], flop, memory, took = first_calls(call, device)
+            results[version], flop, memory, took = first_calls(call, device, pair.warm_up if version == "ours" else 0)
             count = repeat or int(min(max(SECONDS / took, 3 if version == "ours" else 2), 30))
             plans[version, part] = call, math.ceil(count / rounds), max(1, int(0.05 / took))
             row[version]["flop"] += int(times * flop)
@@ -189,7 +188,7 @@ def bench(args, device, bf16):
     """Measures, prints the table; -> the JSON file."""
     size = 256 if args.tiny else 8192 if device.type == "cuda" else 2048
     rates = {precision: matmul_rate(precision, device, size) for precision in (["fp32", "bf16"] if bf16 else ["fp32"])}
-    rows, names = {}, args.only or list(PAIRS)
+    rows, names = {}, args.only or [name for name in PAIRS if name not in COMPILED or device.type == "cuda"]
     for name in names:
         print(f"{name} ...", file=sys.stderr)
         if len(names) > 1:
@@ -255,7 +254,7 @@ def compare_precision(args, device):
 def parse_args(argv=None):
     count = runtime.number(int, 1)
     p = runtime.Parser(description=__doc__.split("\n")[0])
-    p.add_argument("--only", nargs="+", choices=PAIRS, metavar="NAME", help=f"measure these alone: {', '.join(PAIRS)} (default: all)")
+    p.add_argument("--only", nargs="+", choices=PAIRS, metavar="NAME", help=f"measure these alone: {', '.join(PAIRS)} (default: all; compiled ones on a GPU alone)")
     p.add_argument("--baseline", action="store_true", help="measure the plain version as well and print the ratios")
     p.add_argument("--repeat", type=count, help=f"timings of each part (default: about {SECONDS} seconds' worth); seeds of --compare-precision (default: 2)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -95,6 +95,14 @@ def use_bf16(precision, device):
     return device.type == "cpu" and "avx512_bf16" in cpu_facts()
 
 
+def check_compiler(device):
+    """Raises UserError where torch.compile does not work: a first small function has it look for what it needs."""
+    try:
+        torch.compile(torch.Tensor.square)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        raise UserError(f"--compile: {str(error).splitlines()[0]} found, a C++ compiler expected, and Triton for a GPU") from None
+
+
 def cpu_facts():
     """What Linux says of the processor; empty elsewhere."""
     path = Path("/proc/cpuinfo")

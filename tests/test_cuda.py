@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import load, run
+from pairs import COMPILED, PAIRS, difference
 from test_omniglot_cli import STOPPED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -49,6 +50,15 @@ def test_a_simclr_step_never_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_step_computes_the_same_when_it_is_replayed(name):
+    build, *settings = PAIRS[name]
+    pair = build(*settings, True, torch.device(DEVICE), False)
+    for _ in range(pair.warm_up + 2):
+        ours, other = (parts["step"][0]() for parts in (pair.ours, pair.plain))
+        assert difference(ours, other) < 1e-3
 
 
 def test_the_same_views_as_on_the_cpu():

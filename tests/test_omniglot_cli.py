@@ -296,6 +296,13 @@ def test_too_large_a_step_leaves_the_folder_free(glyphs_dir, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_compile_without_a_compiler(glyphs_dir, tmp_path):
+    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--compile"]
+    nothing = {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}  # neither a compiler nor what it made before
+    fails(run("omniglot", *flags, env=nothing), "--compile", "C++ compiler")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_not_resumed_on_other_images(whole_run, glyphs_dir, tmp_path):
     folder, flags, _ = whole_run
     for name in ("train", "val", "test"):
