@@ -103,7 +103,7 @@ def first_calls(call, device, warm_up):
     observed = [peak_of(call, device) for _ in range(warm_up)]
     with FlopCounterMode(display=False) as counter:  # under which torch.compile stands aside
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
-    if took < 10:  # a second one, without what only the first has to load
+    if took < 10 or device.type == "cuda":  # a second one, without what only the first has to load or to choose
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
     memory = observed[0 if warm_up else -1][1]  # CUDA graphs keep theirs from the first call on
     return observed[0][0], counter.get_total_flops(), memory, took
@@ -130,9 +130,8 @@ def measure(pair, device, baseline, repeat):
         for (version, part), (call, count, in_a_row) in plans.items():
             use_allocator(version)
             torch.backends.cudnn.allow_tf32 = version == "plain"  # torch's default; until here both were compared without
-            if baseline and version == "ours":
-                for _ in range(3):
-                    call()  # gets back the pages that the plain version's turn gave up; a long run has them from its third step on
+            for _ in range({"ours": 3 if baseline else 0, "plain": int(device.type == "cuda")}[version]):
+                call()  # ours gets back the pages that the plain version's turn gave up, as a long run has them; with TF32 cuDNN chooses anew
             samples.setdefault((version, part), []).extend(seconds(call, device, in_a_row) for _ in range(count))
     torch.backends.cudnn.allow_tf32 = False
     for version, parts in versions.items():
@@ -261,7 +260,7 @@ def parse_args(argv=None):
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of our networks in training; auto: bf16 where it is fast")
     p.add_argument("--out", type=Path, help="folder for the JSON file (default: results/bench, or no file with --only or --tiny)")
     p.add_argument("--tiny", action="store_true", help="smoke sizes: shows that everything runs and agrees; its times mean nothing")
-    p.add_argument("--compare-precision", type=count, nargs="?", const=500, metavar="STEPS", help="instead: train in fp32 and in bf16, losses and accuracies side by side into precision.json (500 steps unless given)")
+    p.add_argument("--compare-precision", type=count, nargs="?", const=500, metavar="STEPS", help="instead: train in fp32 and in bf16, losses and accuracies side by side into <device>-precisions.json (500 steps unless given)")
     p.add_argument("--data-dir", type=Path, default=ROOT / "data/omniglot", help="prepared arrays for --compare-precision")
     args = p.parse_args(argv)
     if args.out is None and not args.only and not args.tiny:  # part of a table must not replace a whole one
@@ -272,7 +271,8 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     torch.backends.cudnn.benchmark = True  # as the programs have it; it favours the plain version
-    torch.backends.cudnn.allow_tf32 = False  # as the programs have it
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as the programs have it
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as the programs have it
     with runtime.one_line_errors():
         device = runtime.choose_device(args.device)
         bf16 = runtime.use_bf16(args.precision, device)
@@ -281,8 +281,8 @@ def main():
         report = compare_precision(args, device) if args.compare_precision else bench(args, device, bf16)
         if args.out:
             threads = "" if device.type == "cuda" else f" {report['threads']} threads"
-            slug = re.sub(r"[^a-z0-9]+", "-", f"{report['device']}{threads} {report.get('precision')}".lower())
-            path = args.out / ("precision.json" if args.compare_precision else f"{slug}.json")
+            slug = re.sub(r"[^a-z0-9]+", "-", f"{report['device']}{threads} {report.get('precision', 'precisions')}".lower())
+            path = args.out / f"{slug}.json"
             runtime.write_json(path, report)
             print(path)
         for row in report.get("measurements", {}).values():

@@ -99,6 +99,13 @@ def parse_args(argv=None):
 # --- evaluation -----------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1)
+def noise_pool(samples, latent_size, device):
+    """NOISE_POOL images' worth of Monte-Carlo noise, (NOISE_POOL, S, D), and the state of the generator after it; kept from one evaluation to the next."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NOISE_POOL, samples, latent_size, generator=generator).to(device), generator.get_state()
+
+
 @torch.no_grad()
 def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit"):
     """Accuracy of each episode, in percent: (episodes,).
@@ -108,8 +115,9 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
     one pool made on the CPU, so that every device and every validation sees the same.
     """
     count, way, members = episodes.shape
-    generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(NOISE_POOL, samples, model.sizes["latent_size"], generator=generator).to(features.device)
+    generator = torch.Generator()
+    pool, state = noise_pool(samples, model.sizes["latent_size"], features.device)
+    generator.set_state(state)
     picks = torch.randint(NOISE_POOL, (count, way * members), generator=generator).to(features.device)
     labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
     at_once = max(1, (2**20 if features.is_cuda else 2**14) // (way * members * samples))  # on a CPU: what its caches hold
@@ -305,6 +313,8 @@ def load_splits(args, described):
 
 def main():
     keep_memory()
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32 on a GPU too
+    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention for short sets, and known to give NaN for some lengths
     args = parse_args()
     with one_line_errors():
         device = choose_device(args.device)

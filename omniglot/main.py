@@ -101,10 +101,21 @@ def parse_args(argv=None):
 def encode_all(model, images):
     """Features of every image: in evaluation mode each is encoded alone, so once is enough.
 
-    images (classes, drawings, 28, 28, 1) -> (classes * drawings, width).
+    images (classes, drawings, 28, 28, 1) -> (classes * drawings, width). cuDNN does not search for the fastest kernels
+    meanwhile: it may find others the next time, and with them other last bits.
     """
     at_once = 1000 if images.is_cuda else 200
-    return torch.cat([model.encode(as_float(batch)) for batch in images.flatten(0, 1).split(at_once)])
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    features = torch.cat([model.encode(as_float(batch)) for batch in images.flatten(0, 1).split(at_once)])
+    torch.backends.cudnn.benchmark = searching
+    return features
+
+
+@functools.lru_cache(maxsize=1)
+def noise_pool(samples, latent_size, device):
+    """NOISE_POOL images' worth of Monte-Carlo noise, (NOISE_POOL, S, D), and the state of the generator after it; kept from one evaluation to the next."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NOISE_POOL, samples, latent_size, generator=generator).to(device), generator.get_state()
 
 
 @torch.no_grad()
@@ -116,8 +127,9 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
     one pool made on the CPU, so that every device and every validation sees the same.
     """
     count, way, members = episodes.shape
-    generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(NOISE_POOL, samples, model.sizes["latent_size"], generator=generator).to(features.device)
+    generator = torch.Generator()
+    pool, state = noise_pool(samples, model.sizes["latent_size"], features.device)
+    generator.set_state(state)
     picks = torch.randint(NOISE_POOL, (count, way * members), generator=generator).to(features.device)
     labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
     at_once = max(1, (2**20 if features.is_cuda else 2**14) // (way * members * samples))  # on a CPU: what its caches hold
@@ -301,7 +313,8 @@ def load_splits(args):
 def main():
     keep_memory()
     torch.backends.cudnn.benchmark = True  # the shapes never change
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on a GPU too
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32 on a GPU too
+    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention for short sets, and known to give NaN for some lengths
     args = parse_args()
     with one_line_errors():
         device = choose_device(args.device)

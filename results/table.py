@@ -3,8 +3,8 @@
     python results/table.py            # rewrites the tables in README.md and in the README.md of results/ and its folders
     python results/table.py --check    # exit status 1 if they disagree with results/
 
-A run is a folder <experiment>-<name> or, for several seeds of one run, <experiment>-<name>-seed<N>; results/simclr is the
-run that learned the features of every mimgnet run.
+A run is a folder <experiment>-<name> or, for several seeds of one run, <experiment>-<name>-seed<N>; simclr and simclr-<name>
+are runs that learned the features of mimgnet runs, whose config.json says after how many epochs.
 """
 
 import json
@@ -208,7 +208,9 @@ def pace(row, version):
     if version not in row:
         return ""
     seconds, rate = row[version]["seconds"], row[version]["rate"]
-    return f"{seconds:.2f} s" if row["items"] == 1 else f"{rate:,.{0 if rate >= 10 else 1}f} {row['unit']}/s"
+    if row["items"] == 1:
+        return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+    return f"{rate:,.{0 if rate >= 10 else 1}f} {row['unit']}/s"
 
 
 def ratio(row):
@@ -220,10 +222,12 @@ def memory(row, version):
     return f"{found / 2**30:.1f} GiB" if found else ""
 
 
-def precision_table():
-    """results/bench/precision.json: the same seeds in float32 and in bfloat16."""
-    lines = ["| seed | step | reconstruction, fp32 / bf16 | KL | 5-way 1-shot | 5-way 5-shot |", "|---|---|---|---|---|---|"]
-    for seed, both in json.loads((RESULTS / "bench/precision.json").read_text())["runs"].items():
+def precision_table(path):
+    """A file of bench.py --compare-precision: the same seeds in float32 and in bfloat16."""
+    bench = json.loads(path.read_text())
+    lines = [f"{bench['device']}, torch {bench['versions']['torch']}: `{bench['command']}`\n"]
+    lines += ["| seed | step | reconstruction, fp32 / bf16 | KL | 5-way 1-shot | 5-way 5-shot |", "|---|---|---|---|---|---|"]
+    for seed, both in bench["runs"].items():
         for line, other in zip(both["fp32"], both["bf16"], strict=True):
             cells = [f"{line[term]:.1f} / {other[term]:.1f}" for term in ("reconstruction", "kl")]
             cells += [f"{line[cell]['accuracy']:.1f} / {other[cell]['accuracy']:.1f}" for cell in ("5way1shot", "5way5shot")]
@@ -233,7 +237,7 @@ def precision_table():
 
 def bench_files():
     """What bench.py measured: a file for each machine and precision."""
-    return [path for path in sorted((RESULTS / "bench").glob("*.json")) if path.stem != "precision" and not path.stem.endswith("-before")]
+    return [path for path in sorted((RESULTS / "bench").glob("*.json")) if not path.stem.endswith(("-precisions", "-before"))]
 
 
 def speed_tables():
@@ -242,9 +246,7 @@ def speed_tables():
     for path in bench_files():
         before = path.with_name(f"{path.stem}-before.json")
         parts.append(speed_table(path, before if before.exists() else None))
-    if (RESULTS / "bench/precision.json").exists():
-        parts.append(precision_table())
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *map(precision_table, sorted((RESULTS / "bench").glob("*-precisions.json")))])
 
 
 def filled(text, tables):

@@ -90,14 +90,15 @@ def encode_all(encoder, images, name=None):
     """Features of whole images: uint8 (classes, n, 84, 84, 3) -> float32 (classes, n, width).
 
     In evaluation mode and in float32 whatever the training's precision, so that a checkpoint gives the same features
-    on every machine.
+    on every machine; cuDNN does not search for the fastest kernels meanwhile, which may be others the next time.
     """
     encoder.eval()
     trained_in, encoder.bf16 = encoder.bf16, False
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     batches = images.flatten(0, 1).split(500 if images.is_cuda else 100)
     quiet = 0.1 if sys.stderr.isatty() else 30
     features = torch.cat([encoder(plain_views(batch)) for batch in tqdm(batches, desc=name, disable=name is None, mininterval=quiet)])
-    encoder.bf16 = trained_in
+    encoder.bf16, torch.backends.cudnn.benchmark = trained_in, searching
     return features.unflatten(0, images.shape[:2])
 
 
@@ -162,7 +163,6 @@ def write_array(path, array):
 
 def export(splits, device, args):
     """Writes the three feature files of --checkpoint or of the run's own encoder; returns {split: (classes, n, width)}."""
-    torch.backends.cudnn.benchmark = False  # the kernels it finds may differ, and with them last bits of the features
     path = args.checkpoint or args.save_dir / f"{args.export}.pt"
     encoder = load_model(path, Encoder).to(device)
     epoch = load_checkpoint(path).get("epoch")
@@ -333,7 +333,7 @@ def check_probe():
 def main():
     keep_memory()
     torch.backends.cudnn.benchmark = True  # the shapes never change
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on a GPU too
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32 on a GPU too
     args = parse_args()
     with one_line_errors():
         device = choose_device(args.device)

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine"  # torch's words: of a CPU, and of a GPU's libraries
 
 
 class UserError(Exception):
@@ -32,7 +33,7 @@ def one_line_errors():
     try:
         yield
     except (UserError, OSError, RuntimeError) as error:
-        no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # of a GPU, of the CPU
+        no_memory = re.search(NO_MEMORY, str(error))
         if isinstance(error, RuntimeError) and not no_memory:
             raise
         said = f"not enough memory for these sizes ({str(error).splitlines()[0]})" if no_memory else error

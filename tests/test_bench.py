@@ -149,7 +149,8 @@ def test_precisions_side_by_side(glyphs_dir, tmp_path, monkeypatch, capfd):
     flags = ["--compare-precision", 4, "--tiny", "--repeat", 1, "--device", "cpu", "--data-dir", glyphs_dir, "--out", tmp_path]
     status, stdout, stderr = bench_main(monkeypatch, capfd, *flags)
     assert status == 0, stderr
-    runs = json.loads((tmp_path / "precision.json").read_text())["runs"]
+    (path,) = tmp_path.glob("*-1-threads-precisions.json")
+    runs = json.loads(path.read_text())["runs"]
     assert runs.keys() == {"seed 0"} and runs["seed 0"].keys() == {"fp32", "bf16"}
     assert [line["step"] for line in runs["seed 0"]["bf16"]] == [1, 2, 3, 4]
     for line, other in zip(runs["seed 0"]["fp32"], runs["seed 0"]["bf16"], strict=True):

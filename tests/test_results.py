@@ -73,7 +73,7 @@ def test_the_active_dimensions_are_those_of_the_checkpoints(omniglot_dir, tmp_pa
     result = subprocess.run([sys.executable, script, "active", "--data-dir", omniglot_dir], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found, said = (json.loads((place / "results/ablations/active.json").read_text()) for place in (tmp_path, ROOT))
-    assert found and all(said[name] == counts for name, counts in found.items())
+    assert found and all(said.get(name) == counts for name, counts in found.items()), "to be written again by ablations.py active"
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
@@ -85,7 +85,7 @@ def test_a_run_says_how_it_was_made(folder):
     checkpoints = list(folder.glob("*best.pt"))
     assert checkpoints
     for checkpoint in checkpoints:
-        assert torch.load(checkpoint, weights_only=True).keys() == {"model", "sizes", "step", "validation"}
+        assert torch.load(checkpoint, map_location="cpu", weights_only=True).keys() == {"model", "sizes", "step", "validation"}
 
 
 def assert_same_test(folder, out):
@@ -108,13 +108,16 @@ def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
 
 @needs_shared_data
 def test_the_encoder_makes_the_features_that_were_tested(tmp_path):
-    """From the real test images through results/simclr/encoder.pt to the one-shot accuracy of the Mini-ImageNet runs."""
+    """From the real test images through results/simclr/encoder.pt to the one-shot accuracy of the Mini-ImageNet runs on its features."""
     prepare = load("data/imgnet", "prepare")
     rows, (found, _) = prepare.read_csv(shared_data / "imgnet/test.csv"), prepare.find_images(shared_data / "imgnet")
     images = torch.from_numpy(np.stack([prepare.decode(found[filename]) for filename, _ in rows])).unflatten(0, (20, 600))
-    encoder = load("simclr", "runtime").load_model(ROOT / "results/simclr/encoder.pt", load("simclr", "model").Encoder)
+    runtime, path = load("simclr", "runtime"), ROOT / "results/simclr/encoder.pt"
+    encoder, epochs = runtime.load_model(path, load("simclr", "model").Encoder), runtime.load_checkpoint(path)["epoch"]
     np.save(tmp_path / "test_features.npy", load("simclr", "main").encode_all(encoder, images).flatten(0, 1).numpy())
-    for folder in MIMGNET:
+    runs = [folder for folder in MIMGNET if runtime.read_config(folder)["features"]["train_epochs"] == epochs]
+    assert runs
+    for folder in runs:
         flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1]
         result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / folder.name, *flags, timeout=300)
         assert result.returncode == 0, result.stderr

@@ -77,11 +77,12 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capfd):
 
 
 def test_only_what_a_user_can_put_right_is_said_in_one_line(capfd):
-    for error in (runtime.UserError("a flag"), FileNotFoundError("a flag"), torch.OutOfMemoryError("a flag"), RuntimeError("can't allocate memory: a flag")):
+    no_memory = [RuntimeError("can't allocate memory: a flag"), torch.OutOfMemoryError("CUDA out of memory. a flag"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED: a flag")]
+    for error in (runtime.UserError("a flag"), FileNotFoundError("a flag"), *no_memory):
         with pytest.raises(SystemExit, match="2"), runtime.one_line_errors():
             raise error
         (line,) = capfd.readouterr().err.splitlines()
-        assert "error: " in line and "a flag" in line
+        assert "error: " in line and "a flag" in line and ("not enough memory" in line) == (error in no_memory)
     with pytest.raises(RuntimeError, match="shapes"), runtime.one_line_errors():
         raise RuntimeError("shapes")
 
