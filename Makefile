@@ -9,32 +9,33 @@ DEMO := runs/demo
 .venv/run: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r requirements.txt
+	"$(BIN)/pip" install -q -r requirements.txt
 	touch $@
 
 .venv/test: .venv/run requirements-test.txt
-	$(BIN)/pip install -q -r requirements-test.txt
+	"$(BIN)/pip" install -q -r requirements-test.txt
 	touch $@
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -n 2 tests
+	"$(BIN)/python" -m pytest -q -n 2 tests
 
 table:
 	$(PYTHON) results/table.py
 
 # The fast recipe in small, on the stand-in data set.
 demo: .venv/run
-	$(BIN)/python data/glyphs/prepare.py
+	"$(BIN)/python" data/glyphs/prepare.py
 	rm -rf $(DEMO)
-	cd omniglot && $(BIN)/python main.py --data-dir ../data/glyphs --save-dir ../$(DEMO) --device cpu --sample-size 100 \
+	cd omniglot && "$(BIN)/python" main.py --data-dir ../data/glyphs --save-dir ../$(DEMO) --device cpu --sample-size 100 \
 	    --train-mc-sample-size 1 --train-iters 400 --freq-iters 100 --kl-warmup-iters 200 --kl-weight 0.1 --lr-schedule cosine \
 	    --ema-decay 0.97 --eval-episodes 300
-	cd omniglot && $(BIN)/python figures.py --checkpoint ../$(DEMO)/5shot_best.pt --data-dir ../data/glyphs
+	cd omniglot && "$(BIN)/python" figures.py --checkpoint ../$(DEMO)/5shot_best.pt --data-dir ../data/glyphs
 
 # Mini-ImageNet, the whole chain: `make mini SOURCE=folder` with images (or zips of them) and the three CSVs. Run again, it continues.
 EPOCHS ?= 400
 mini: .venv/run
 	@test -n "$(SOURCE)" || { echo "make mini: SOURCE is empty, SOURCE=<folder with images/ or zips and train.csv, val.csv, test.csv> expected" >&2; exit 2; }
-	test -f data/imgnet/classes.json || $(BIN)/python data/imgnet/prepare.py --source "$(SOURCE)"
-	cd simclr && $(BIN)/python main.py --save-dir ../runs/simclr --train-epochs $(EPOCHS) --probe --resume
-	cd mimgnet && $(BIN)/python main.py --save-dir ../runs/mimgnet --resume
+	@test -d "$(SOURCE)" || { echo "make mini: SOURCE: $(SOURCE) found, a folder expected" >&2; exit 2; }
+	test -f data/imgnet/classes.json || "$(BIN)/python" data/imgnet/prepare.py --source "$(SOURCE)"
+	cd simclr && "$(BIN)/python" main.py --save-dir ../runs/simclr --train-epochs $(EPOCHS) --probe --resume
+	cd mimgnet && "$(BIN)/python" main.py --save-dir ../runs/mimgnet --resume

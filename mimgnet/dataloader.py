@@ -10,7 +10,7 @@ from runtime import UserError
 
 
 def read_description(data_dir):
-    """features.json, which simclr/main.py writes beside the features: {"train_epochs": ..., "images_per_class": {split: ...}}.
+    """features.json, which simclr/main.py writes beside the features: their encoder, and {"images_per_class": {split: ...}}.
 
     {} if there is none, as with features of your own. Raises UserError if it is damaged.
     """
@@ -31,7 +31,7 @@ def load_split(data_dir, split, images_per_class):
     """One split, `<split>_features.npy` (images, width): a float32 tensor (classes, images_per_class, width).
 
     The images of a class lie together; other floats become float32. Raises UserError for a missing or damaged
-    file, a wrong shape, dtype or number of images, and values that are NaN or infinite.
+    file, a wrong shape, dtype or number of images, and values that are negative, NaN or infinite.
     """
     path = Path(data_dir) / f"{split}_features.npy"
     try:
@@ -51,6 +51,8 @@ def load_split(data_dir, split, images_per_class):
     bad = np.count_nonzero(~np.isfinite(array).all(1))
     if bad:
         raise UserError(f"{path}: {bad} images with NaN or infinite features, expected finite float32 values")
+    if array.min() < 0:
+        raise UserError(f"{path}: features down to {array.min()} found, none below zero expected: the decoder ends in a ReLU")
     return torch.from_numpy(array).unflatten(0, (-1, images_per_class))
 
 

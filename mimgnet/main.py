@@ -39,13 +39,13 @@ FREE_ON_RESUME = {"data_dir", "save_dir", "device", "resume", "eval_only", "chec
 
 def parse_args(argv=None):
     """The command line as a namespace; the published defaults."""
-    count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
+    count, natural, rate = number(int, 1, below=2**31), number(int, 0, below=2**31), number(float, 0)
     p = Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("files")
     g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/imgnet", help="folder with train_, val_ and test_features.npy")
     g.add_argument("--images-per-class", type=count, help="images of a class, which lie together; without it, what features.json says, or 600")
     g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
-    g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt")
+    g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
     g.add_argument("--eval-only", action="store_true", help="no training: test --checkpoint, write test.json into --save-dir")
     g.add_argument("--checkpoint", type=Path, help="weights for --eval-only, or the folder of a run: its best")
     g = p.add_argument_group("model")
@@ -88,6 +88,8 @@ def parse_args(argv=None):
         p.error("--checkpoint goes with --eval-only; --resume continues a run")
     if args.eval_only and not args.checkpoint:
         p.error("--eval-only: no --checkpoint found, weights or the folder of a run expected")
+    if args.eval_only and (args.resume or args.way != p.get_default("way")):
+        p.error(f"{'--resume' if args.resume else '--way'} is of training, --eval-only found; --test-way sets the ways of a test")
     if args.debug:
         args.train_iters, args.freq_iters, args.eval_episodes = 4, 2, 10
         args.train_mc_sample_size = args.test_mc_sample_size = 2
@@ -112,7 +114,7 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
 
     features (images, width); episodes (count, way, shot + query) from `draw_episodes`.
     Support and query pass the set network together (transductive). Every episode picks its images' noise from
-    one pool made on the CPU, so that every device and every validation sees the same.
+    one pool made on the CPU, so that every device and every validation sees the same. Raises UserError for NaN.
     """
     count, way, members = episodes.shape
     generator = torch.Generator()
@@ -121,12 +123,15 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
     picks = torch.randint(NOISE_POOL, (count, way * members), generator=generator).to(features.device)
     labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
     at_once = max(1, (2**20 if features.is_cuda else 2**14) // (way * members * samples))  # on a CPU: what its caches hold
-    accuracies = []
+    accuracies, finite = [], []
     for index, pick in zip(episodes.flatten(1).to(features.device).split(at_once), picks.split(at_once)):
         mean, log_var = model.posterior(features[index])  # (B, way * members, D)
         z = sample_posterior(mean, log_var, pool[pick]).unflatten(1, (way, members))  # (B, way, members, S, D)
         probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, reading)
         accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
+        finite.append(probabilities.isfinite().all())
+    if not torch.stack(finite).all():  # NaN would count as the first class
+        raise UserError("evaluation: class probabilities that are NaN found, finite ones expected; are the weights or the data too large?")
     return torch.cat(accuracies).cpu()
 
 
@@ -282,9 +287,10 @@ def train(splits, device, bf16, config, stop, args):
 def check_encoder(described, path, data_dir):
     """Raises UserError if the features are of another encoder than those that a checkpoint was trained on, as far as both are known."""
     trained_on = (read_config(path.parent) or {}).get("features", {})
-    found, expected = (of.get("train_epochs") for of in (described, trained_on))
-    if found and expected and found != expected:
-        raise UserError(f"{data_dir / 'features.json'}: features after {found} epochs of SimCLR found, after {expected} expected, as {path} was trained on")
+    for name, unit in (("train_epochs", "epochs of SimCLR"), ("encoder_crc32", "as the encoder's checksum")):
+        found, expected = (of.get(name) for of in (described, trained_on))
+        if found and expected and found != expected:
+            raise UserError(f"{data_dir / 'features.json'}: features of {found} {unit} found, of {expected} expected, as {path} was trained on")
 
 
 def load_splits(args, described):

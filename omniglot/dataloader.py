@@ -23,6 +23,8 @@ def load_split(data_dir, split):
     if not isinstance(array, np.ndarray) or array.ndim != 5 or array.shape[2:] != (28, 28, 1) or 0 in array.shape:
         raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (classes, drawings, 28, 28, 1)")
     if array.dtype == np.uint8:
+        if array.max() < 2:
+            raise UserError(f"{path}: uint8 values up to {array.max()}, expected ink up to 255")
         return torch.from_numpy(array)
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise UserError(f"{path}: dtype {array.dtype}, expected uint8 or float in [0, 1]")

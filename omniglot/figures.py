@@ -23,7 +23,7 @@ COLOURS = plt.get_cmap("tab10").colors
 
 def parse_args(argv=None):
     """The command line as a namespace."""
-    count = number(int, 1)
+    count = number(int, 1, below=2**31)
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--checkpoint", type=Path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")
     p.add_argument("--data-dir", type=Path, default=HERE.parent / "data/omniglot", help="folder with test.npy")
@@ -32,7 +32,7 @@ def parse_args(argv=None):
     p.add_argument("--shot", type=count, default=1, help="support images a class")
     p.add_argument("--query", type=count, default=15, help="query images a class")
     p.add_argument("--samples", type=count, default=32, help="Monte-Carlo samples an image")
-    p.add_argument("--episode", type=number(int, 0), default=0, help="which test episode: its seed")
+    p.add_argument("--episode", type=number(int, 0, below=2**31), default=0, help="which episode of test classes: its seed")
     args = p.parse_args(argv)
     args.out = args.out or args.checkpoint.parent
     return args
@@ -118,7 +118,10 @@ def main():
         latents(mean, before, mu, args.out / "latents.png")
         metrics = args.checkpoint.parent / "metrics.jsonl"
         if metrics.exists() and metrics.read_text():  # empty before the first validation
-            curves(metrics, args.out / "curves.png")
+            try:
+                curves(metrics, args.out / "curves.png")
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{metrics}: not readable, the validations of main.py expected") from None
 
 
 if __name__ == "__main__":

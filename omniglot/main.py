@@ -39,14 +39,14 @@ FREE_ON_RESUME = {"data_dir", "save_dir", "device", "resume", "eval_only", "chec
 
 def parse_args(argv=None):
     """The command line as a namespace; the published defaults."""
-    count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
+    count, natural, rate = number(int, 1, below=2**31), number(int, 0, below=2**31), number(float, 0)
     p = Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("files")
     g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/omniglot", help="folder with train.npy, val.npy, test.npy")
     g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
-    g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt")
+    g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
     g.add_argument("--eval-only", action="store_true", help="no training: test --checkpoint, write test.json into --save-dir")
-    g.add_argument("--checkpoint", type=Path, help="weights for --eval-only, or the folder of a run: its best ones for each shot")
+    g.add_argument("--checkpoint", type=Path, help="weights for --eval-only, or the folder of a run: its 1shot_best.pt, for more shots its 5shot_best.pt")
     g = p.add_argument_group("model")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the set network is 4 times as wide")
     g.add_argument("--latent-size", type=count, default=64, help="dimensions of the latent space")
@@ -86,6 +86,8 @@ def parse_args(argv=None):
         p.error("--checkpoint goes with --eval-only; --resume continues a run")
     if args.eval_only and not args.checkpoint:
         p.error("--eval-only: no --checkpoint found, weights or the folder of a run expected")
+    if args.eval_only and (args.resume or args.way != p.get_default("way")):
+        p.error(f"{'--resume' if args.resume else '--way'} is of training, --eval-only found; --test-way sets the ways of a test")
     if args.debug:
         args.train_iters, args.freq_iters, args.eval_episodes = 4, 2, 10
         args.train_mc_sample_size = args.test_mc_sample_size = 2
@@ -124,7 +126,7 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
 
     features (images, width) from `encode_all`; episodes (count, way, shot + query) from `draw_episodes`.
     Support and query pass the set network together (transductive). Every episode picks its images' noise from
-    one pool made on the CPU, so that every device and every validation sees the same.
+    one pool made on the CPU, so that every device and every validation sees the same. Raises UserError for NaN.
     """
     count, way, members = episodes.shape
     generator = torch.Generator()
@@ -133,12 +135,15 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
     picks = torch.randint(NOISE_POOL, (count, way * members), generator=generator).to(features.device)
     labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
     at_once = max(1, (2**20 if features.is_cuda else 2**14) // (way * members * samples))  # on a CPU: what its caches hold
-    accuracies = []
+    accuracies, finite = [], []
     for index, pick in zip(episodes.flatten(1).to(features.device).split(at_once), picks.split(at_once)):
         mean, log_var = model.posterior(features[index])  # (B, way * members, D)
         z = sample_posterior(mean, log_var, pool[pick]).unflatten(1, (way, members))  # (B, way, members, S, D)
         probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, reading)
         accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
+        finite.append(probabilities.isfinite().all())
+    if not torch.stack(finite).all():  # NaN would count as the first class
+        raise UserError("evaluation: class probabilities that are NaN found, finite ones expected; are the weights or the data too large?")
     return torch.cat(accuracies).cpu()
 
 

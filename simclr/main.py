@@ -14,7 +14,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU t
 import math
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,20 +46,20 @@ FREE_ON_RESUME = {
 
 def parse_args(argv=None):
     """The command line as a namespace; the published defaults."""
-    count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
+    count, rate = number(int, 1, below=2**31), number(float, 0)
     p = Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("files")
     g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/imgnet", help="prepared arrays, or images/ (or zips of it) with the three CSVs")
     g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
-    g.add_argument("--feature-save-dir", type=Path, default=HERE.parent / "data/imgnet", help="folder for the three feature files")
-    g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt")
+    g.add_argument("--feature-save-dir", type=Path, help="folder for the three feature files; without it, data/imgnet, or <save-dir>/features with --debug")
+    g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
     g.add_argument("--export", choices=["best", "last"], default="last", help="epoch to write features of; best: on validation episodes")
     g.add_argument("--export-only", action="store_true", help="no training: write the features of --checkpoint")
     g.add_argument("--checkpoint", type=Path, help="encoder for --export-only; without it the one in --save-dir that --export names")
     g.add_argument("--contact-sheet", type=Path, metavar="PNG", help="save a picture of training images and views of them, and stop")
     g = p.add_argument_group("model and training")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the features are 4 times as wide")
-    g.add_argument("--batch-size", type=number(int, 2), default=512, help="images a step; each gives two views")
+    g.add_argument("--batch-size", type=number(int, 2, below=2**31), default=512, help="images a step; each gives two views")
     g.add_argument("--train-epochs", type=count, default=400, help="passes over the training images")
     g.add_argument("--lr", type=rate, default=1e-3, help=f"Adam's learning rate: constant for {CONSTANT_EPOCHS} epochs, then a cosine to zero")
     g.add_argument("--temperature", type=number(float, 1e-3), default=0.5, help="of the contrastive loss")
@@ -77,6 +79,9 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.checkpoint and not args.export_only:
         p.error("--checkpoint goes with --export-only; --resume continues a run")
+    if args.probe and args.way < 2:
+        p.error(f"--way: {args.way} found, at least 2 expected for --probe")
+    args.feature_save_dir = args.feature_save_dir or (args.save_dir / "features" if args.debug else HERE.parent / "data/imgnet")
     if args.debug:
         args.train_epochs, args.freq_epochs, args.batch_size, args.eval_episodes = 2, 1, 16, 10
     return args
@@ -161,20 +166,31 @@ def write_array(path, array):
     write_atomically(path, write)
 
 
+def checksum(encoder):
+    """Of its weights: which encoder made some features."""
+    return zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in encoder.state_dict().values()))
+
+
 def export(splits, device, args):
-    """Writes the three feature files of --checkpoint or of the run's own encoder; returns {split: (classes, n, width)}."""
+    """Writes the three feature files of --checkpoint or of the run's own encoder; returns {split: (classes, n, width)}. Raises UserError for NaN."""
     path = args.checkpoint or args.save_dir / f"{args.export}.pt"
     encoder = load_model(path, Encoder).to(device)
+    check_feature_dir(args.feature_save_dir)
     epoch = load_checkpoint(path).get("epoch")
     features = {name: encode_all(encoder, images, f"{name} features") for name, images in splits.items()}
-    args.feature_save_dir.mkdir(parents=True, exist_ok=True)
+    if not all(h.isfinite().all() for h in features.values()):
+        raise UserError(f"{path}: features that are NaN or infinite found, finite ones expected")
+    arrays = {args.feature_save_dir / f"{name}_features.npy": h.flatten(0, 1).cpu().numpy() for name, h in features.items()}
+    beside = {target: target.with_name(f".{target.name}.tmp") for target in arrays}  # all are written before the first is renamed
+    for target, array in arrays.items():
+        write_array(beside[target], array)
     described = args.feature_save_dir / "features.json"
-    described.unlink(missing_ok=True)  # a kill between two files must not leave new features under an old description
-    for name, h in features.items():
-        target, array = args.feature_save_dir / f"{name}_features.npy", h.flatten(0, 1).cpu().numpy()
-        write_array(target, array)
+    described.unlink(missing_ok=True)  # it must not stand beside features of another encoder for a moment
+    for target, array in arrays.items():
+        os.replace(beside[target], target)
         print(f"{target}  {array.shape} {array.dtype}")
-    write_json(described, {"train_epochs": epoch, "images_per_class": {name: images.shape[1] for name, images in splits.items()}})
+    counts = {name: images.shape[1] for name, images in splits.items()}
+    write_json(described, {"train_epochs": epoch, "encoder_crc32": checksum(encoder), "images_per_class": counts})
     if not args.checkpoint:
         save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch})
     return features
@@ -330,6 +346,15 @@ def check_probe():
         raise UserError("--probe: scikit-learn not found, the package expected (pip install scikit-learn)") from None
 
 
+def check_feature_dir(folder):
+    """Makes the folder. Raises UserError if it cannot be written: before the training whose features it is to receive."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--feature-save-dir: {folder} found, a folder to write into expected ({error.strerror})") from None
+
+
 def main():
     keep_memory()
     torch.backends.cudnn.benchmark = True  # the shapes never change
@@ -352,6 +377,7 @@ def main():
             load_model(args.checkpoint, Encoder)  # refused before anything is written
             open_test_folder(args.save_dir, run)
         if not args.export_only:
+            check_feature_dir(args.feature_save_dir)
             config = open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:
                 train(splits, device, bf16, config, stop, args)

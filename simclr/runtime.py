@@ -15,6 +15,11 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -27,6 +32,11 @@ class UserError(Exception):
     """Something the user can put right: ends the program in one line (what was found, what was expected), exit status 2."""
 
 
+def in_short(error):
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def one_line_errors():
     """Ends the program as `UserError` says on one, on an error of the operating system, and where memory does not suffice."""
@@ -36,7 +46,7 @@ def one_line_errors():
         no_memory = re.search(NO_MEMORY, str(error))
         if isinstance(error, RuntimeError) and not no_memory:
             raise
-        said = f"not enough memory for these sizes ({str(error).splitlines()[0]})" if no_memory else error
+        said = f"not enough memory for these sizes ({in_short(error)})" if no_memory else error
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)  # on a line of its own, where a progress bar stands
         sys.exit(2)
     except KeyboardInterrupt:  # outside of training, where there is nothing to save
@@ -84,7 +94,7 @@ def choose_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {name} found, a device of this machine expected ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device: {name} found, a device of this machine expected ({in_short(error)})") from None
 
 
 def use_bf16(precision, device):
@@ -101,7 +111,7 @@ def check_compiler(device):
     try:
         torch.compile(torch.Tensor.square)(torch.ones(2, device=device))
     except RuntimeError as error:
-        raise UserError(f"--compile: {str(error).splitlines()[0]} found, a C++ compiler expected, and Triton for a GPU") from None
+        raise UserError(f"--compile: {in_short(error)} found, a C++ compiler expected, and Triton for a GPU") from None
 
 
 def cpu_facts():
@@ -149,11 +159,18 @@ class Heap:
 
 
 def write_atomically(path, write):
-    """`write(temporary path)`, then rename: a kill at any moment leaves the old file or the new one, whole."""
+    """`write(temporary path)`, then rename: a kill or a power cut at any moment leaves the old file or the new one, whole.
+
+    Raises UserError if the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -175,7 +192,7 @@ def save_checkpoint(path, checkpoint):
     try:
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
     except RuntimeError as error:  # torch's word for a full disk
-        raise UserError(f"{path}: not written, room on the disk expected ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not written, room on the disk expected ({in_short(error)})") from None
 
 
 def load_checkpoint(path):
@@ -185,7 +202,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"{path}: not found, a checkpoint expected") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({in_short(error)})") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: not a checkpoint (a {type(checkpoint).__name__} found, a dictionary expected)")
     return checkpoint
@@ -201,7 +218,9 @@ def load_model(path, network):
         model = network(**checkpoint["sizes"])
         model.load_state_dict(checkpoint.get("average") or checkpoint["model"])
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: not a checkpoint of this experiment ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a checkpoint of this experiment ({in_short(error)})") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: weights that are NaN or infinite found, finite ones expected")
     return model.eval()
 
 
@@ -226,7 +245,7 @@ def restore(parts, checkpoint, path):
         for name, part in parts.items():
             part.set_state(checkpoint[name]) if isinstance(part, torch.Generator) else part.load_state_dict(checkpoint[name])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a checkpoint of this run on this kind of device ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a checkpoint of this run on this kind of device ({in_short(error)})") from None
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -261,7 +280,7 @@ def read_config(save_dir):
     path = save_dir / "config.json"
     try:
         config = json.loads(path.read_text())
-        return config | {"args": dict(config["args"])}
+        return config | {"args": dict(config["args"]), "precision": config["precision"]}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -281,7 +300,8 @@ def open_folder(save_dir, config, resume, free):
     if not any((save_dir / name).exists() for name in ("last.pt", "metrics.jsonl", "test.json")):
         before = None
     if before and not resume:
-        raise UserError(f"{save_dir}: holds another run (config.json), an empty folder expected; --resume continues it")
+        unfinished = "; --resume continues it" if (save_dir / "last.pt").exists() else ""
+        raise UserError(f"{save_dir}: holds another run (config.json), an empty folder expected{unfinished}")
     if before:
         found, expected = ({**c["args"], "precision": c["precision"]} for c in (config, before))
         for name, value in found.items():
@@ -297,7 +317,20 @@ def open_folder(save_dir, config, resume, free):
         again = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
         config = {**before, "args": config["args"], "resumed": [*before.get("resumed", []), again]}
     save_dir.mkdir(parents=True, exist_ok=True)
+    lock(save_dir)
     return config
+
+
+def lock(save_dir):
+    """Keeps the folder for this process until it ends. Raises UserError if another one has it."""
+    if fcntl:
+        folder = os.open(save_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--save-dir: {save_dir} is written by another process, a folder of this run's own expected") from None
+        except OSError:
+            pass  # a file system without locks
 
 
 def open_test_folder(save_dir, config):
@@ -306,6 +339,7 @@ def open_test_folder(save_dir, config):
     if before and not (before["args"].get("eval_only") or before["args"].get("export_only")):
         raise UserError(f"--save-dir: {save_dir} holds a training run, another folder expected for what is made of --checkpoint")
     save_dir.mkdir(parents=True, exist_ok=True)
+    (save_dir / "test.json").unlink(missing_ok=True)  # an interrupted test must not leave an earlier one's numbers beside its config
     write_json(save_dir / "config.json", config)
 
 

@@ -121,6 +121,10 @@ def test_a_wrong_dtype(tmp_path, dtype):
     refuses(save(tmp_path, np.zeros((1, 1, 28, 28, 1), dtype)), f"dtype {np.dtype(dtype)}", "expected uint8 or float")
 
 
+def test_bytes_that_are_not_up_to_255(tmp_path):
+    refuses(save(tmp_path, np.ones((1, 1, 28, 28, 1), np.uint8)), "up to 1", "up to 255")
+
+
 @pytest.mark.parametrize("value, word", [(1.5, "1.5"), (255.0, "255"), (-0.25, "-0.25"), (np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_single_value_out_of_range(tmp_path, value, word, dtype):

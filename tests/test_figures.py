@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import plain
 from conftest import fails, load, run
 
 model = load("omniglot", "model")
@@ -38,11 +39,16 @@ def test_errors(checkpoint, glyphs_dir, tmp_path):
     fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--way", 1, script="figures.py"), "--way", "1 found", "at least 2")
 
 
-def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir):
-    """The same class means as `classify` uses: support means before EM, `adapt` after."""
+def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir, monkeypatch):
+    """From support means to the class means and variances of the equations."""
     args = figures.parse_args(["--checkpoint", str(checkpoint), "--way", "3", "--shot", "2", "--samples", "4"])
-    network = load("omniglot", "runtime").load_model(checkpoint, model.GMVAE)
+    network, drawn = load("omniglot", "runtime").load_model(checkpoint, model.GMVAE), []
+    monkeypatch.setattr(figures, "sample_posterior", lambda *parts: drawn.append(model.sample_posterior(*parts)) or drawn[0])
     images = load("omniglot", "dataloader").load_split(glyphs_dir, "test")
     x, mean, before, mu, var = figures.fit_episode(network, images, args)
     assert x.shape == (3, 17, 28, 28) and mean.shape == (3, 17, 8) and before.shape == mu.shape == var.shape == (3, 8)
-    assert (var > 0).all() and not torch.allclose(before, mu)
+    z = drawn[0].double().unflatten(1, (3, 17))  # (1, way, members, S, D)
+    support, query = z[:, :, :2].flatten(2, 3), z[:, :, 2:].flatten(1, 3)
+    for found, expected in zip((before, mu, var), (support.mean(2), *plain.adapt(support, query, 10, "unit"))):
+        torch.testing.assert_close(found.double(), expected[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, mu, rtol=1e-3)

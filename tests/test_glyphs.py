@@ -57,7 +57,7 @@ def test_more_glyphs_leave_the_first_as_they_were(glyphs_dir, tmp_path):
 
 def test_glyph_errors_are_one_line(tmp_path):
     for flag, value in (("--train", "0"), ("--val", "-3"), ("--test", "2.5"), ("--train", "many")):
-        fails(glyphs(tmp_path / "out", f"{flag}={value}"), flag, f"{value} found, an integer of at least 1 expected")
+        fails(glyphs(tmp_path / "out", f"{flag}={value}"), flag, f"{value} found, an integer from 1 to 100000 expected")
     fails(glyphs(tmp_path / "out", "--seed=-1"), "--seed", "-1 found")
     fails(glyphs(tmp_path / "out", "--sead", "1"), "unrecognized arguments: --sead 1")
     assert not (tmp_path / "out").exists()

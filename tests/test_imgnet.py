@@ -115,6 +115,12 @@ def test_bad_csvs(source, tmp_path):
     fails(prepare(tmp_path / "nowhere", tmp_path / "out"), "--source", "nowhere")
 
 
+def test_a_class_in_two_csvs(source, tmp_path):
+    rows = [(f"val{c}_{m}.jpg", f"train{c}") for c in range(3) for m in range(6)]
+    write_csv(source, "val", rows)
+    fails(prepare(source, tmp_path / "out"), "3 classes stand in more than one CSV", "train0")
+
+
 @pytest.mark.parametrize("content", [b"filename,label\n\xff\xfe,a\n", b"filename,label\na.jpg\n", b"filename,label\n,a\n"])
 def test_damaged_csv_lines(source, content):
     module = load("data/imgnet", "prepare")

@@ -112,6 +112,14 @@ def test_published_defaults():
     assert {name: args[name] for name in published} == published
 
 
+def test_nan_is_no_accuracy():
+    network = model.GMVAE(32, 16, 4).eval()
+    images = 1e30 * clusters(0, 6, 20)  # finite, but not what the set network makes of them
+    episodes = dataloader.draw_episodes(images, 5, 1, 5, 4, seed=0)
+    with pytest.raises(main.UserError, match="NaN"):
+        main.evaluate(network, images.flatten(0, 1), episodes, 1, 2, 3)
+
+
 def test_it_learns():
     """From chance to far above it on classes never seen, at ways never trained, in a few hundred cheap steps without labels."""
     flags = "--lr 1e-3 --train-mc-sample-size 4 --test-mc-sample-size 8 --eval-episodes 100 --kl-warmup-iters 200"

@@ -149,7 +149,7 @@ def test_what_simclr_says_of_the_features(data, tmp_path, refused):
     """features.json gives the images of a class, each split its own, and stays in the run's config; damaged or denied, it is an error."""
     folder = shutil.copytree(data, tmp_path / "features")
     np.save(folder / "test_features.npy", np.load(data / "test_features.npy")[: 10 * 40])
-    description = {"train_epochs": 9, "images_per_class": {"train": 20, "val": 20, "test": 40}}
+    description = {"train_epochs": 9, "encoder_crc32": 5, "images_per_class": {"train": 20, "val": 20, "test": 40}}
     (folder / "features.json").write_text(json.dumps(description))
     assert TINY[:2] == ["--images-per-class", "20"]
     flags = TINY[2:]
@@ -159,6 +159,8 @@ def test_what_simclr_says_of_the_features(data, tmp_path, refused):
     start = ["--data-dir", folder, "--save-dir", tmp_path / "new", *flags]
     (folder / "features.json").write_text(json.dumps(description | {"train_epochs": 400}))
     refused(*start, "--eval-only", "--checkpoint", tmp_path / "run", words=["features.json", "400 epochs of SimCLR", "9 expected"])
+    (folder / "features.json").write_text(json.dumps(description | {"encoder_crc32": 6}))
+    refused(*start, "--eval-only", "--checkpoint", tmp_path / "run", words=["features.json", "6 as the encoder's checksum", "5 expected"])
     refused(*start, "--images-per-class", 20, words=["--images-per-class: 20 found, 40 expected"])
     for text in ("{", "{}", '{"images_per_class": {"train": 0}}', '{"images_per_class": 600}'):
         (folder / "features.json").write_text(text)
@@ -210,6 +212,7 @@ BAD_FILES = {
     "width of the others": (lambda a: a[:, :28], "expected 28"),
     "NaN": (with_value(np.nan), "1 images with NaN"),
     "infinite": (with_value(-np.inf), "1 images with NaN"),
+    "negative": (with_value(-1.0), "down to -1.0 found, none below zero"),
     "beyond float32": (with_value(1e200), "1 images with NaN"),
     "too few for a step": (lambda a: a[:0:-1][:20], "20 images found, at least --batch-size x --sample-size = 40 expected"),
 }

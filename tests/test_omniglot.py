@@ -177,7 +177,18 @@ def test_permutations_permute_the_predictions_and_nothing_else(network):
 # --- schedules ------------------------------------------------------------------------------------
 
 
-def test_published_recipe_is_the_default():
+def test_published_defaults():
+    args = vars(main.parse_args([]))
+    published = dict(
+        batch_size=4, sample_size=200, train_iters=60000, freq_iters=1000, latent_size=64, hidden_size=64, no_set_attention=False,
+        train_mc_sample_size=32, test_mc_sample_size=32, way=5, query=15, lr=1e-3, weight_decay=1e-6,
+        unsupervised_em_iters=10, semisupervised_em_iters=10, fix_pi=False, em_start="samples", eval_episodes=1000, test_shot=[1, 5], test_way=[5],
+        e_step="unit", kl_warmup_iters=0, kl_weight=1.0, lr_schedule="constant", ema_decay=0.0,
+    )  # fmt: skip
+    assert {name: args[name] for name in published} == published
+
+
+def test_published_schedules_are_constant():
     args = main.parse_args([])
     assert [main.learning_rate(step, args) for step in (1, 30000, 60000)] == [1e-3] * 3
     assert [main.kl_weight(step, args) for step in (1, 30000, 60000)] == [1.0] * 3

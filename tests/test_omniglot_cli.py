@@ -1,6 +1,7 @@
 """The Omniglot program as a user runs it: in a process of its own, judged by its files and its exit status."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, fails, needs_shared_data, run, shared_data
+from conftest import ROOT, fails, load, needs_shared_data, run, shared_data
 
 TINY = "--hidden-size 8 --latent-size 8 --batch-size 2 --sample-size 20 --train-mc-sample-size 2 --test-mc-sample-size 2 --eval-episodes 8 --device cpu".split()
 
@@ -227,6 +228,9 @@ def test_a_folder_with_another_run_is_refused(whole_run):
         (["--device", "meta"], ["--device", "meta found", "cpu"]),
         (["--checkpoint", "x.pt"], ["--checkpoint", "--eval-only"]),
         (["--eval-only"], ["--eval-only", "--checkpoint"]),
+        (["--eval-only", "--checkpoint", "x.pt", "--way", "20"], ["--way", "--test-way"]),
+        (["--eval-only", "--checkpoint", "x.pt", "--resume"], ["--resume", "--eval-only"]),
+        (["--latent-size", "99999999999999999999"], ["--latent-size", "below"]),
         (["--seed", "99999999999999999999"], ["--seed", "below"]),
         (["--way", "26", "--test-way", "5"], ["val.npy", "25 classes", "26"]),
         (["--test-way", "5", "40"], ["test.npy", "25 classes", "40"]),
@@ -258,13 +262,18 @@ def test_wrong_checkpoints(glyphs_dir, tmp_path):
     fails(run("omniglot", *flags, tmp_path / "text.pt"), "text.pt", "not a readable checkpoint")
     torch.save({"model": {}, "sizes": {"hidden_size": 8, "latent_size": 8}}, tmp_path / "empty.pt")
     fails(run("omniglot", *flags, tmp_path / "empty.pt"), "empty.pt", "not a checkpoint of this experiment")
+    network = load("omniglot", "model").GMVAE(hidden_size=8, latent_size=8)
+    torch.nn.init.constant_(network.set_network[2].bias, math.nan)
+    torch.save({"model": network.state_dict(), "sizes": network.sizes}, tmp_path / "nan.pt")
+    fails(run("omniglot", *flags, tmp_path / "nan.pt"), "nan.pt", "NaN")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_run_is_not_resumed(whole_run, tmp_path):
     folder, flags, _ = whole_run
-    for name, content, words in (("config.json", b"{", "not readable"), ("last.pt", b"PK", "not a readable checkpoint")):
-        copy = tmp_path / name
+    unreadable = "not a readable checkpoint"
+    for name, content, words in (("config.json", b"{", "not readable"), ("last.pt", b"PK", unreadable), ("last.pt", b"", unreadable)):
+        copy = tmp_path / f"{name} of {len(content)} bytes"
         shutil.copytree(folder, copy)
         (copy / name).write_bytes(content)
         fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), name, words)
@@ -289,9 +298,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(glyphs_dir, tmp_path):
         assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
+def test_a_folder_is_written_by_one_process_alone(glyphs_dir, tmp_path):
+    folder, flags = tmp_path / "run", ["--data-dir", glyphs_dir, *TINY, "--train-iters", 10**6, "--freq-iters", 10**6]
+    first = start(folder, flags)
+    try:
+        wait_for(folder / "tb_log", first)
+        for again in ([], ["--resume"]):
+            fails(run("omniglot", "--save-dir", folder, *flags, *again), folder, "written by another process")
+    finally:
+        first.kill()
+        first.communicate()
+    result = run("omniglot", "--save-dir", folder, "--data-dir", glyphs_dir, *TINY, "--train-iters", 1)  # free again, and without a checkpoint
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_interrupted_test_leaves_no_numbers_of_another(whole_run, glyphs_dir, tmp_path):
+    folder, _, _ = whole_run
+    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "eval", "--eval-only", "--checkpoint", folder, "--eval-episodes", 2]
+    assert run("omniglot", *flags).returncode == 0 and (tmp_path / "eval/test.json").exists()
+    interrupted = "import main\ndef stop(*args): raise KeyboardInterrupt\nmain.evaluate = stop\nmain.main()"
+    assert run("omniglot", interrupted, *flags, "--e-step", "learned", script="-c").returncode == 130
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"config.json"}
+
+
 def test_too_large_a_step_leaves_the_folder_free(glyphs_dir, tmp_path):
     flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 1, "--device", "cpu"]
-    fails(run("omniglot", *flags, "--train-mc-sample-size", 10**12), "not enough memory")
+    fails(run("omniglot", *flags, "--train-mc-sample-size", 2 * 10**9), "not enough memory")
     result = run("omniglot", *flags)
     assert result.returncode == 0, result.stderr
 

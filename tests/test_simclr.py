@@ -10,7 +10,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from conftest import load
 
-data, model = load("simclr", "dataloader"), load("simclr", "model")
+data, main, model = (load("simclr", name) for name in ("dataloader", "main", "model"))
 
 
 def generator(seed=0):
@@ -22,6 +22,16 @@ def images(count, seed=0):
     fine = torch.rand(count, 84, 84, 3, generator=generator(seed))
     coarse = torch.rand(count, 4, 4, 3, generator=generator(seed + 1)).repeat_interleave(21, 1).repeat_interleave(21, 2)
     return (255 * (0.3 * fine + 0.7 * coarse)).byte()
+
+
+def test_published_defaults():
+    args = vars(main.parse_args([]))
+    published = dict(
+        batch_size=512, train_epochs=400, lr=1e-3, temperature=0.5, weight_decay=0.0, hidden_size=64, way=5, query=15,
+        eval_episodes=1000, test_shot=[1, 5, 20, 50], export="last",
+    )  # fmt: skip
+    assert {name: args[name] for name in published} == published
+    assert main.CONSTANT_EPOCHS == 10
 
 
 # --- the model ------------------------------------------------------------------------------------

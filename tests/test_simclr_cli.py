@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     assert (tmp_path / "s/test.json").read_text() == (folder / "test.json").read_text()
     said = json.loads((features / "features.json").read_text())
     assert said == json.loads((tmp_path / "f/features.json").read_text())
-    assert said == {"train_epochs": 3, "images_per_class": {split: 6 for split in ("train", "val", "test")}}
+    assert said.pop("encoder_crc32") > 0 and said == {"train_epochs": 3, "images_per_class": {split: 6 for split in ("train", "val", "test")}}
     result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", folder, "--feature-save-dir", tmp_path / "best")
     assert result.returncode == 0, result.stderr
     best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
@@ -164,6 +165,12 @@ def test_a_polite_stop_leaves_a_checkpoint(whole_run, tmp_path):
     assert torch.load(tmp_path / "s/last.pt", weights_only=True)["step"] == 4
     assert run("simclr", *flags, "--resume").returncode == 0
     assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
+
+
+def test_a_smoke_run_keeps_its_features_to_itself():
+    main = load("simclr", "main")
+    assert main.parse_args([]).feature_save_dir == ROOT / "data/imgnet"
+    assert main.parse_args(["--debug", "--save-dir", "runs/s"]).feature_save_dir == Path("runs/s/features")
 
 
 def test_the_original_layout_is_prepared_first(whole_run, source_dir, tmp_path):
@@ -219,6 +226,8 @@ def fails_here(capsys, monkeypatch, words, *args):
     (["test.npy: 6 images a class, expected at least 51"], ["--probe", "--test-shot", 1, 50]),
     (["x.pt: not found"], ["--export-only", "--checkpoint", "x.pt"]),
     (["last.pt: not found"], ["--export-only"]),
+    (["--way: 1 found", "--probe"], ["--probe", "--way", 1]),
+    (["--feature-save-dir", "/dev/null"], ["--feature-save-dir", "/dev/null"]),
 ])  # fmt: skip
 def test_wrong_flags(capsys, monkeypatch, data_dir, tmp_path, words, flags):
     fails_here(capsys, monkeypatch, words, "--data-dir", data_dir, *TINY, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f", *flags)
@@ -258,7 +267,10 @@ def test_folders_and_checkpoints_that_are_taken_or_foreign(capsys, monkeypatch, 
     fails_here(capsys, monkeypatch, ["--lr: 0.1 found, 0.001 expected"], *place, "--resume", "--lr", 0.1)
     fails_here(capsys, monkeypatch, ["holds a training run"], *place, "--export-only", "--checkpoint", folder / "best.pt")
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    foreign = tmp_path / "foreign.pt"
+    foreign, network = tmp_path / "foreign.pt", model.Encoder(4)
+    torch.nn.init.constant_(network.blocks[0].norm.bias, float("nan"))
+    torch.save({"model": network.state_dict(), "sizes": network.sizes}, tmp_path / "nan.pt")
+    fails_here(capsys, monkeypatch, ["nan.pt", "NaN"], *flags, "--save-dir", tmp_path / "s", "--export-only", "--checkpoint", tmp_path / "nan.pt")
     for content, words in ((b"garbage", "not a readable checkpoint"), ({"model": {}, "sizes": {"latent_size": 3}}, "not a checkpoint of this experiment")):
         foreign.write_bytes(content) if isinstance(content, bytes) else torch.save(content, foreign)
         fails_here(capsys, monkeypatch, [foreign, words], *flags, "--save-dir", tmp_path / "s", "--export-only", "--checkpoint", foreign)

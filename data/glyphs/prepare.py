@@ -11,6 +11,7 @@ its own, without Omniglot's rotations: more classes are more characters. The sam
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -120,12 +121,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def whole(low):
-    """An argparse type: an integer of at least `low`."""
+def whole(low, high):
+    """An argparse type: an integer from `low` to `high`."""
 
     def parse(text):
-        if not (text.isdecimal() and int(text) >= low):
-            raise argparse.ArgumentTypeError(f"{text} found, an integer of at least {low} expected")
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text} found, an integer from {low} to {high} expected")
         return int(text)
 
     return parse
@@ -135,16 +136,19 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of characters and drawings (default: 0)")
+    parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of characters and drawings (default: 0)")
     for name, count in SPLITS.items():
-        parser.add_argument(f"--{name}", type=whole(1), default=count, help=f"characters in {name}.npy (default: {count})")
+        parser.add_argument(f"--{name}", type=whole(1, 100000), default=count, help=f"characters in {name}.npy (default: {count})")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # takes the unfinished files with it
     try:
         arrays, split = prepare({name: getattr(args, name) for name in SPLITS}, args.seed)
         write_all(args.out, arrays, split, args.seed)
     except OSError as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
+        print(f"prepare.py: error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     for name, array in arrays.items():
         print(f"{args.out / name}.npy  {array.shape} {array.dtype}")
 

@@ -71,6 +71,10 @@ def check_counts(rows):
     repeated = [name for name, count in Counter(filename for split in rows.values() for filename, _ in split).items() if count > 1]
     if repeated:
         problems.append(f"{len(repeated)} images stand more than once in the CSVs (the first: {repeated[0]})")
+    splits_of = Counter(label for split in rows.values() for label in sorted({label for _, label in split}))
+    shared = [label for label, count in splits_of.items() if count > 1]
+    if shared:
+        problems.append(f"{len(shared)} classes stand in more than one CSV (the first: {shared[0]}), classes of one split each expected")
     sizes = Counter((split, label) for split in rows for _, label in rows[split])
     usual, times = Counter(sizes.values()).most_common(1)[0]
     unequal = [f"{split}.csv: {label} has {size}" for (split, label), size in sizes.items() if size != usual]
@@ -203,14 +207,20 @@ def main():
     parser.add_argument("--source", type=Path, required=True, help="folder with train.csv, val.csv, test.csv and images/ or zips of it")
     parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # takes the unfinished files with it
     try:
         if not args.source.is_dir():
             raise SourceError(f"--source: {args.source} found, a folder with the three CSVs and images/ or zips of it expected")
         files, classes = prepare(args.source)
         write_all(args.out, files, classes)
-    except (SourceError, OSError, BrokenProcessPool) as error:
+    except (SourceError, BrokenProcessPool) as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"prepare.py: error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     for split, names in classes.items():
         images = files[split]
         print(f"{args.out / split}.npy  {images.shape} {images.dtype}  {len(names)} classes of {len(images) // len(names)} images")

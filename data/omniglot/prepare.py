@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import zipfile
@@ -137,15 +138,21 @@ def main():
     parser.add_argument("--source", type=Path, help="folder with the two archives or their extracted folders (default: download)")
     parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # takes the unfinished files with it
     try:
         if args.source is None:
             args.source = here / "archives"
             download(args.source)
         arrays, split = prepare(args.source)
         write_all(args.out, arrays, split)
-    except (SourceError, OSError) as error:
+    except SourceError as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"prepare.py: error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     for name, array in arrays.items():
         print(f"{args.out / name}.npy  {array.shape} {array.dtype}")
 
