@@ -292,7 +292,7 @@ def open_folder(save_dir, config, resume, free):
 
     Returns the config.json to write once the run's state is restored: `config` or, of a resumed run, its first one with this
     time added to `resumed`. Raises UserError if the folder holds another run, or if a resumed one would train something else
-    or on something else. A run that ended before its first checkpoint is none.
+    or on something else. A folder whose run ended before its first checkpoint counts as empty.
     """
     before = read_config(save_dir)
     if not before and (save_dir / "last.pt").exists():

@@ -26,12 +26,13 @@ PUBLISHED = {
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
 RECIPE = {  # the published one, but for its length: the defaults of main.py
     "unsupervised_em_iters": 10, "em_start": "samples", "fix_pi": False, "no_set_attention": False, "kl_warmup_iters": 0, "kl_weight": 1.0,
-    "ema_decay": 0.0, "lr_schedule": "constant", "e_step": "unit", "semisupervised_em_iters": 10,
+    "ema_decay": 0.0, "lr_schedule": "constant", "e_step": "unit", "semisupervised_em_iters": 10, "eval_episodes": 1000, "query": 15,
 }  # fmt: skip
 RECIPES = {
-    "omniglot": RECIPE | {"batch_size": 4, "lr": 1e-3, "weight_decay": 1e-6, "hidden_size": 64, "latent_size": 64, "train_mc_sample_size": 32},
-    "mimgnet": RECIPE | {"batch_size": 16, "lr": 1e-4, "weight_decay": 5e-2, "hidden_size": 512, "latent_size": 32, "train_mc_sample_size": 256},
+    "omniglot": RECIPE | {"batch_size": 4, "lr": 1e-3, "weight_decay": 1e-6, "hidden_size": 64, "latent_size": 64, "train_mc_sample_size": 32, "test_mc_sample_size": 32},
+    "mimgnet": RECIPE | {"batch_size": 16, "lr": 1e-4, "weight_decay": 5e-2, "hidden_size": 512, "latent_size": 32, "train_mc_sample_size": 256, "test_mc_sample_size": 256},
 }
+FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}  # what the fast recipe changes
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 
@@ -49,15 +50,17 @@ def read_runs():
 
 
 def recipe(experiment, run):
-    """The published recipe, with what was run shorter, or the fast one, which has a length of its own."""
+    """The published recipe, with what was run shorter, or the fast one, which has a length of its own, or neither: what differs."""
     args = run["args"]
     expected = RECIPES[experiment] | {"sample_size": SET_SIZES[experiment, args["way"]]}
     changed = [name for name, value in expected.items() if args.get(name, value) != value]  # a flag newer than the run had its default
     parts = [(args["train_iters"], STEPS[experiment], "steps")]
     if changed == ["train_mc_sample_size"]:
         name = f"published with {args[changed[0]]} Monte-Carlo samples"
+    elif changed:
+        name, parts = "fast" if set(changed) <= FAST else f"another: {', '.join(f'{key} {args[key]}' for key in changed)}", []
     else:
-        name, parts = ("fast", []) if changed else ("published", parts)
+        name = "published"
     if experiment == "mimgnet":
         parts.append((run.get("features", {}).get("train_epochs"), EPOCHS, "SimCLR epochs"))
     short = [f"{f'{found:,}' if found else '?'} of {whole:,} {unit}" for found, whole, unit in parts if found != whole]
