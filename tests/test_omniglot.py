@@ -100,6 +100,17 @@ def test_without_set_attention_every_image_is_alone(network):
     assert not torch.allclose(alone.posterior(h)[0], network.posterior(h)[0])
 
 
+@pytest.mark.parametrize("height, width", [(14, 14), (1, 3), (2, 1)])
+def test_a_transposed_convolution_to_one_channel(height, width):
+    layer = model.ConvTranspose(5, 1, 4).double()
+    x = torch.randn(3, 5, height, width, dtype=torch.float64, requires_grad=True)
+    found, expected = layer(x), torch.nn.functional.conv_transpose2d(x, layer.weight, layer.bias, stride=2, padding=1)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(y, [x, *layer.parameters()], grad) for y in (found, expected))):
+        torch.testing.assert_close(a, b)
+
+
 def test_pooling_before_relu_is_the_same_block():
     block = model.ConvBlock(1, 4)
     x = torch.randn(3, 1, 7, 7)
