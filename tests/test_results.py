@@ -85,6 +85,7 @@ def test_a_run_says_how_it_was_made(folder):
     checkpoints = list(folder.glob("*best.pt"))
     assert checkpoints
     for checkpoint in checkpoints:
+        assert checkpoint.stat().st_size <= 4e6
         assert torch.load(checkpoint, map_location="cpu", weights_only=True).keys() == {"model", "sizes", "step", "validation"}
 
 

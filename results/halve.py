@@ -1,0 +1,36 @@
+"""The weights of results/ in half precision, which a test of them does not notice and a clone does.
+
+    python results/halve.py        # every *best.pt of a run; those that are half already stay as they are
+
+`main.py --eval-only` reads them like any checkpoint: the network is float32 again.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent / "omniglot"))
+from runtime import UserError, load_checkpoint, one_line_errors, save_checkpoint
+
+
+def halve(path):
+    """Rewrites a checkpoint with float16 weights. Raises UserError if one is too large for that."""
+    checkpoint = load_checkpoint(path)
+    weights = {name: value.half() if value.dtype == torch.float32 else value for name, value in checkpoint["model"].items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{path}: weights beyond float16 found, at most 65504 expected")
+    if any(value.dtype == torch.float32 for value in checkpoint["model"].values()):
+        save_checkpoint(path, checkpoint | {"model": weights})
+        print(path)
+
+
+def main():
+    with one_line_errors():
+        for path in sorted(RESULTS.glob("*-*/*best.pt")):
+            halve(path)
+
+
+if __name__ == "__main__":
+    main()
