@@ -12,7 +12,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
-from runtime import UserError, load_checkpoint, one_line_errors, save_checkpoint
+from runtime import UserError, load_checkpoint, one_line_errors, save_checkpoint  # noqa: E402
 
 
 def halve(path):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import fails, load, needs_shared_data, run, shared_data
+from conftest import fails, load, needs_shared_data, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

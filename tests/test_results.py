@@ -89,6 +89,19 @@ def test_a_run_says_how_it_was_made(folder):
         assert torch.load(checkpoint, map_location="cpu", weights_only=True).keys() == {"model", "sizes", "step", "validation"}
 
 
+def test_halved_weights(tmp_path):
+    halve, path = load("results", "halve"), tmp_path / "best.pt"
+    weights = {"weight": torch.tensor([1.0, 1e-3, 60000.0]), "count": torch.tensor(70000)}
+    torch.save({"model": weights, "step": 3}, path)
+    for _ in range(2):
+        halve.halve(path)
+        found = torch.load(path, weights_only=True)
+        assert found["step"] == 3 and found["model"]["weight"].equal(weights["weight"].half()) and found["model"]["count"].equal(weights["count"])
+    torch.save({"model": {"weight": torch.tensor([70000.0])}}, path)
+    with pytest.raises(halve.UserError, match="best.pt: weights beyond float16"):
+        halve.halve(path)
+
+
 def assert_same_test(folder, out):
     """The same cells from the same episodes, so that only rounding may differ."""
     said, again = (json.loads((place / "test.json").read_text()) for place in (folder, out))
