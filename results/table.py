@@ -222,7 +222,9 @@ def ratio(row):
 
 def memory(row, version):
     found = row.get(version, {}).get("memory_bytes")
-    return f"{found / 2**30:.1f} GiB" if found else ""
+    if not found:
+        return ""
+    return f"{found / 2**30:.1f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
 
 
 def precision_table(path):
