@@ -272,7 +272,6 @@ def main():
     args = parse_args()
     torch.backends.cudnn.benchmark = True  # as the programs have it; it favours the plain version
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as the programs have it
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as the programs have it
     with runtime.one_line_errors():
         device = runtime.choose_device(args.device)
         bf16 = runtime.use_bf16(args.precision, device)

@@ -319,7 +319,6 @@ def main():
     keep_memory()
     torch.backends.cudnn.benchmark = True  # the shapes never change
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32 on a GPU too
-    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention for short sets, and known to give NaN for some lengths
     args = parse_args()
     with one_line_errors():
         device = choose_device(args.device)

@@ -58,9 +58,9 @@ def test_loss_terms_and_their_gradients(network, fix_pi, in_float64):
     expected = plain.loss_terms(oracle, x, noise, first, iters, fix_pi)
     torch.testing.assert_close(terms, expected)
     for term, other in zip(terms, expected):
-        gradient = torch.autograd.grad(term, list(ours.parameters()), retain_graph=True, allow_unused=True)
-        theirs = torch.autograd.grad(other, list(oracle.parameters()), retain_graph=True, allow_unused=True)
-        torch.testing.assert_close([g for g in gradient if g is not None], [g for g in theirs if g is not None], atol=1e-8, rtol=1e-6)
+        gradient = torch.autograd.grad(term, list(ours.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        theirs = torch.autograd.grad(other, list(oracle.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(gradient, theirs, atol=1e-8, rtol=1e-6)
     for name, buffer in oracle.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], buffer)  # batch norm saw the same
 
@@ -100,15 +100,34 @@ def test_without_set_attention_every_image_is_alone(network):
     assert not torch.allclose(alone.posterior(h)[0], network.posterior(h)[0])
 
 
-@pytest.mark.parametrize("height, width", [(14, 14), (1, 3), (2, 1)])
-def test_a_transposed_convolution_to_one_channel(height, width):
-    layer = model.ConvTranspose(5, 1, 4).double()
+@pytest.mark.parametrize(
+    "channels, kernel, height, width", [(1, 4, 14, 14), (1, 4, 1, 3), (1, 4, 2, 1), (1, 4, 2, 2), (3, 4, 2, 2), (3, 4, 7, 7), (3, 4, 2, 3), (3, 3, 2, 2)]
+)
+def test_a_transposed_convolution(channels, kernel, height, width):
+    """Written as matrix products to one channel and from 2x2 pixels, a library's elsewhere."""
+    layer = model.ConvTranspose(5, channels, kernel).double()
     x = torch.randn(3, 5, height, width, dtype=torch.float64, requires_grad=True)
     found, expected = layer(x), torch.nn.functional.conv_transpose2d(x, layer.weight, layer.bias, stride=2, padding=1)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(found)
     for a, b in zip(*(torch.autograd.grad(y, [x, *layer.parameters()], grad) for y in (found, expected))):
         torch.testing.assert_close(a, b)
+
+
+def test_batch_norm_takes_the_bias_over():
+    """In training, where only the running mean sees it, in evaluation, and in a copy, whose convolution is the copy's."""
+    block = torch.nn.Sequential(*model.up_block(3, 4)).double()
+    exact = torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, 4, 2, 1), torch.nn.BatchNorm2d(3), torch.nn.ReLU()).double()
+    exact.load_state_dict(block.state_dict())
+    for _ in range(2):
+        x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+        torch.testing.assert_close(block(x), exact(x))
+        torch.testing.assert_close(dict(block.state_dict()), dict(exact.state_dict()))
+    for network in (block, copy.deepcopy(block)):
+        with torch.no_grad():
+            for layer in (network[0], exact[0]):
+                layer.bias.fill_(2)
+        torch.testing.assert_close(network.eval()(x), exact.eval()(x))
 
 
 def test_pooling_before_relu_is_the_same_block():
