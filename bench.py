@@ -1,7 +1,7 @@
 """Time and memory of the programs on this machine, at the published settings and on random inputs.
 
-    python bench.py                   # every measurement, about 5 minutes on two CPU cores
-    python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 12 minutes
+    python bench.py                   # every measurement, about 6 minutes on two CPU cores
+    python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 17 minutes
 
 Prints a table and writes results/bench/<device>-<precision>.json. A time is the median of several after a warm-up. The
 baseline is eager float32 written from the equations, checked to give the same results: in the same process, on the same
@@ -37,7 +37,7 @@ from folders import ROOT, load
 from pairs import COMPILED, PAIRS, difference
 
 runtime = load("omniglot", "runtime")
-SECONDS = 8  # of timing, for each part of a measurement: 3 calls if they take longer, 2 of the plain version
+SECONDS = 12  # of timing, for each part of a measurement: 6 calls if they take longer, 3 of the plain version
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -112,14 +112,14 @@ def first_calls(call, device, warm_up):
 def measure(pair, device, baseline, repeat):
     """The pair's row of the JSON file; its `difference` of the two versions' results is to stay below its `tolerance`."""
     versions = {"ours": pair.ours} | ({"plain": pair.plain} if baseline else {})
-    rounds, results, plans, samples = len(versions), {}, {}, {}  # with a baseline two turns each
+    rounds, results, plans, samples = 3 if baseline else 1, {}, {}, {}  # a shared machine is fast and slow by turns, too
     row = {"title": pair.title, "unit": pair.unit, "items": pair.items, "precision": pair.precision}
     for version, parts in versions.items():
         use_allocator(version)
         row[version], memories = {"flop": 0}, []
         for part, (call, times) in parts.items():
             results[version], flop, memory, took = first_calls(call, device, pair.warm_up if version == "ours" else 0)
-            count = repeat or int(min(max(SECONDS / took, 3 if version == "ours" else 2), 30))
+            count = repeat or int(min(max(SECONDS / took, 6 if version == "ours" else 3), 30))
             plans[version, part] = call, math.ceil(count / rounds), max(1, int(0.05 / took))
             row[version]["flop"] += int(times * flop)
             memories.append(memory)
