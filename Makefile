@@ -7,7 +7,7 @@ DEMO := runs/demo
 .PHONY: demo test table mini
 
 .venv/run: requirements.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: Python %d.%d found, 3.10 or newer expected" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	"$(BIN)/pip" install -q -r requirements.txt
 	touch $@
@@ -36,6 +36,7 @@ EPOCHS ?= 400
 mini: .venv/run
 	@test -n "$(SOURCE)" || { echo "make mini: SOURCE is empty, SOURCE=<folder with images/ or zips and train.csv, val.csv, test.csv> expected" >&2; exit 2; }
 	@test -d "$(SOURCE)" || { echo "make mini: SOURCE: $(SOURCE) found, a folder expected" >&2; exit 2; }
+	@test ! -f data/imgnet/classes.json || echo "data/imgnet is prepared already: SOURCE is not read again; remove data/imgnet/classes.json to have it read"
 	test -f data/imgnet/classes.json || "$(BIN)/python" data/imgnet/prepare.py --source "$(SOURCE)"
 	cd simclr && "$(BIN)/python" main.py --save-dir ../runs/simclr --train-epochs $(EPOCHS) --probe --resume
 	cd mimgnet && "$(BIN)/python" main.py --save-dir ../runs/mimgnet --resume

@@ -35,6 +35,11 @@ NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that evaluation draws fr
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
 # What a resumed run may change: where it runs and what it is tested on, not what it trains.
 FREE_ON_RESUME = {"data_dir", "save_dir", "device", "resume", "eval_only", "checkpoint", "test_way", "test_shot"}
+# What a test depends on; the rest of the flags is of training.
+TEST_FLAGS = {
+    "data_dir", "save_dir", "eval_only", "checkpoint", "no_set_attention", "query", "eval_episodes", "test_mc_sample_size",
+    "semisupervised_em_iters", "e_step", "test_way", "test_shot", "device", "debug", "images_per_class"
+}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -46,7 +51,7 @@ def parse_args(argv=None):
     g.add_argument("--images-per-class", type=count, help="images of a class, which lie together; without it, what features.json says, or 600")
     g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
     g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
-    g.add_argument("--eval-only", action="store_true", help="no training: test --checkpoint, write test.json into --save-dir")
+    g.add_argument("--eval-only", action="store_true", help="no training, whose flags do nothing then: test --checkpoint, write test.json into --save-dir")
     g.add_argument("--checkpoint", type=Path, help="weights for --eval-only, or the folder of a run: its best")
     g = p.add_argument_group("model")
     g.add_argument("--hidden-size", type=count, default=512, help="width of the decoder's hidden layers; the set network is as wide as a feature")
@@ -80,7 +85,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the networks in training; auto: bf16 where it is fast")
-    g.add_argument("--compile", action="store_true", help="fuse the training step by torch.compile, on a GPU into CUDA graphs: a minute at the start")
+    g.add_argument("--compile", action="store_true", help="fuse the training step by torch.compile, on a GPU into CUDA graphs: a wait at the start")
     g.add_argument("--seed", type=number(int, 0, below=2**31), default=0, help="of weights, sets and noise; episodes are the same for every seed")
     g.add_argument("--debug", action="store_true", help="smoke run: 4 steps, 2 validations of 10 episodes, 2 Monte-Carlo samples")
     args = p.parse_args(argv)
@@ -337,7 +342,7 @@ def main():
         if args.eval_only:
             check_width(args.data_dir, "test", splits["test"], width, path)
             check_encoder(described, path, args.data_dir)
-            open_test_folder(args.save_dir, run)
+            open_test_folder(args.save_dir, run, TEST_FLAGS)
         else:
             config = open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:

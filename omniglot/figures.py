@@ -117,7 +117,7 @@ def main():
         components(model, x, mu, var, args.out / "components.png")
         latents(mean, before, mu, args.out / "latents.png")
         metrics = args.checkpoint.parent / "metrics.jsonl"
-        if metrics.exists() and metrics.read_text():  # empty before the first validation
+        if metrics.exists() and metrics.stat().st_size:  # empty before the first validation
             try:
                 curves(metrics, args.out / "curves.png")
             except (ValueError, KeyError, TypeError):

@@ -35,6 +35,11 @@ NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that evaluation draws fr
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
 # What a resumed run may change: where it runs and what it is tested on, not what it trains.
 FREE_ON_RESUME = {"data_dir", "save_dir", "device", "resume", "eval_only", "checkpoint", "test_way", "test_shot"}
+# What a test depends on; the rest of the flags is of training.
+TEST_FLAGS = {
+    "data_dir", "save_dir", "eval_only", "checkpoint", "no_set_attention", "query", "eval_episodes", "test_mc_sample_size",
+    "semisupervised_em_iters", "e_step", "test_way", "test_shot", "device", "debug"
+}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -45,7 +50,7 @@ def parse_args(argv=None):
     g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/omniglot", help="folder with train.npy, val.npy, test.npy")
     g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
     g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
-    g.add_argument("--eval-only", action="store_true", help="no training: test --checkpoint, write test.json into --save-dir")
+    g.add_argument("--eval-only", action="store_true", help="no training, whose flags do nothing then: test --checkpoint, write test.json into --save-dir")
     g.add_argument("--checkpoint", type=Path, help="weights for --eval-only, or the folder of a run: its 1shot_best.pt, for more shots its 5shot_best.pt")
     g = p.add_argument_group("model")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the set network is 4 times as wide")
@@ -78,7 +83,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the networks in training; auto: bf16 where it is fast")
-    g.add_argument("--compile", action="store_true", help="fuse the training step by torch.compile, on a GPU into CUDA graphs: a minute at the start")
+    g.add_argument("--compile", action="store_true", help="fuse the training step by torch.compile, on a GPU into CUDA graphs: a wait at the start")
     g.add_argument("--seed", type=number(int, 0, below=2**31), default=0, help="of weights, sets and noise; episodes are the same for every seed")
     g.add_argument("--debug", action="store_true", help="smoke run: 4 steps, 2 validations of 10 episodes, 2 Monte-Carlo samples")
     args = p.parse_args(argv)
@@ -333,7 +338,7 @@ def main():
         run = describe_run(args, device, bf16, splits)
         splits = {name: images.to(device) for name, images in splits.items()}
         if args.eval_only:
-            open_test_folder(args.save_dir, run)
+            open_test_folder(args.save_dir, run, TEST_FLAGS)
         else:
             config = open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:

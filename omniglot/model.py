@@ -237,7 +237,8 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch norm of x + bias, given x and the convolution whose bias it is.
 
     Normalising takes a bias away again; it moves the running mean and nothing else. A training step is spared two
-    passes over the pixels, to add it and to sum its gradient, which is zero.
+    passes over the pixels, to add it and to sum its gradient, which is zero: the optimizer sees none, and the bias
+    keeps its first value, where weight decay would shrink it.
     """
 
     def __init__(self, conv):

@@ -333,14 +333,18 @@ def lock(save_dir):
             pass  # a file system without locks
 
 
-def open_test_folder(save_dir, config):
-    """Makes the folder of a test of --checkpoint, with its config.json; replaces an earlier test. Raises UserError if a training run is there."""
+def open_test_folder(save_dir, config, used):
+    """Makes the folder of a test of --checkpoint, with its config.json: of all flags those that are `used`, and float32.
+
+    Replaces an earlier test. Raises UserError if a training run is there.
+    """
     before = read_config(save_dir)
     if before and not (before["args"].get("eval_only") or before["args"].get("export_only")):
         raise UserError(f"--save-dir: {save_dir} holds a training run, another folder expected for what is made of --checkpoint")
     save_dir.mkdir(parents=True, exist_ok=True)
     (save_dir / "test.json").unlink(missing_ok=True)  # an interrupted test must not leave an earlier one's numbers beside its config
-    write_json(save_dir / "config.json", config)
+    args = {name: value for name, value in config["args"].items() if name in used}
+    write_json(save_dir / "config.json", {**config, "args": args, "precision": "fp32"})
 
 
 @contextmanager

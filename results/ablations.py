@@ -75,7 +75,9 @@ def test(run, variants, data_dir):
 def train(names, data_dir):
     """The trainings of TRAIN that are not finished yet."""
     for name in names or CPU:
-        if not (OUT / name / "test.json").exists():
+        if (OUT / name / "test.json").exists():
+            print(f"{OUT / name}: finished, nothing done; remove it to train again")
+        else:
             experiment, flags = ("mimgnet", MINI) if name.startswith("mimgnet-") else ("omniglot", SHORT)
             main_py(experiment, data_dir, "--save-dir", f"../results/ablations/{name}", "--resume", *flags.split(), *TRAIN[name].split())
 
@@ -174,8 +176,15 @@ def save_figure(path, figure):
     save(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight"))
 
 
+class Parser(argparse.ArgumentParser):
+    """Says an error in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=["ways", "test", "train", "active", "plot"], help="see above")
     p.add_argument("names", nargs="*", help="ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)")
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")

@@ -56,7 +56,7 @@ def recipe(experiment, run):
     changed = [name for name, value in expected.items() if args.get(name, value) != value]  # a flag newer than the run had its default
     parts = [(args["train_iters"], STEPS[experiment], "steps")]
     if changed == ["train_mc_sample_size"]:
-        name = f"published with {args[changed[0]]} Monte-Carlo samples"
+        name = f"published, trained with {args[changed[0]]} Monte-Carlo samples"
     elif changed:
         name, parts = "fast" if set(changed) <= FAST else f"another: {', '.join(f'{key} {args[key]}' for key in changed)}", []
     else:
@@ -79,7 +79,8 @@ def score(seeds, cell):
 def describe(name, seeds):
     run = seeds[0]
     length = f"{run['args']['train_epochs']} epochs" if name.startswith("simclr") else f"{run['args']['train_iters']:,} steps"
-    minutes = f" in {run['seconds'] / 60:.0f} min" if run["seconds"] else ""
+    took = sorted({round(run["seconds"] / 60) for run in seeds if run["seconds"]})  # seeds beside other work took longer
+    minutes = f" in {' to '.join(map(str, dict.fromkeys((took[0], took[-1]))))} min" if took else ""
     return f"[`{name}`](results/{name}): {length}{minutes}, {device(run)}"
 
 
@@ -161,7 +162,8 @@ def train_ablations():
                 cells += [f"{last['reconstruction']:.0f}", f"{last['kl']:.1f}"]
                 if experiment == "omniglot":
                     cells.append(" of ".join(map(str, active.get(folder.name, ["not run"]))))
-                cells.append(f"{last['seconds'] / 60:.0f}")
+                threads = json.loads((folder / "config.json").read_text())["device"].rpartition(", ")[2]
+                cells.append(f"{last['seconds'] / 60:.0f}, {threads.replace('1 threads', '1 thread')}")
             lines.append(f"| {f'`{flags}`' if flags else 'nothing'} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     trained = ", ".join(f"`{name}` {used}" for name, (used, _) in active.items() if name.startswith("omniglot-"))

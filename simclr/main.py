@@ -42,6 +42,10 @@ PREPARE = HERE.parent / "data/imgnet/prepare.py"
 FREE_ON_RESUME = {
     "data_dir", "save_dir", "feature_save_dir", "device", "resume", "export", "export_only", "checkpoint", "probe", "test_shot", "contact_sheet"
 }  # fmt: skip
+# What --export-only depends on; the rest of the flags is of training.
+EXPORT_FLAGS = {
+    "data_dir", "save_dir", "feature_save_dir", "export_only", "checkpoint", "probe", "way", "query", "eval_episodes", "test_shot", "device", "debug"
+}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -54,7 +58,7 @@ def parse_args(argv=None):
     g.add_argument("--feature-save-dir", type=Path, help="folder for the three feature files; without it, data/imgnet, or <save-dir>/features with --debug")
     g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
     g.add_argument("--export", choices=["best", "last"], default="last", help="epoch to write features of; best: on validation episodes")
-    g.add_argument("--export-only", action="store_true", help="no training: write the features of --checkpoint")
+    g.add_argument("--export-only", action="store_true", help="no training, whose flags do nothing then: write the features of --checkpoint")
     g.add_argument("--checkpoint", type=Path, help="encoder for --export-only; without it the one in --save-dir that --export names")
     g.add_argument("--contact-sheet", type=Path, metavar="PNG", help="save a picture of training images and views of them, and stop")
     g = p.add_argument_group("model and training")
@@ -79,6 +83,10 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.checkpoint and not args.export_only:
         p.error("--checkpoint goes with --export-only; --resume continues a run")
+    if args.resume and args.export_only:
+        p.error("--resume is of training, --export-only found")
+    if args.checkpoint and args.export != p.get_default("export"):
+        p.error(f"--export {args.export} is of the run in --save-dir, --checkpoint found")
     if args.probe and args.way < 2:
         p.error(f"--way: {args.way} found, at least 2 expected for --probe")
     args.feature_save_dir = args.feature_save_dir or (args.save_dir / "features" if args.debug else HERE.parent / "data/imgnet")
@@ -375,7 +383,7 @@ def main():
         splits = {name: images.to(device) for name, images in splits.items()}
         if args.checkpoint:
             load_model(args.checkpoint, Encoder)  # refused before anything is written
-            open_test_folder(args.save_dir, run)
+            open_test_folder(args.save_dir, run, EXPORT_FLAGS)
         if not args.export_only:
             check_feature_dir(args.feature_save_dir)
             config = open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)

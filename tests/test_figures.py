@@ -37,6 +37,10 @@ def test_errors(checkpoint, glyphs_dir, tmp_path):
     fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", tmp_path, script="figures.py"), "test.npy", "not found")
     fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--shot", 6, script="figures.py"), "20 drawings", "21")
     fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--way", 1, script="figures.py"), "--way", "1 found", "at least 2")
+    (tmp_path / "5shot_best.pt").write_bytes(checkpoint.read_bytes())
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    flags = ["--checkpoint", tmp_path / "5shot_best.pt", "--data-dir", glyphs_dir, "--out", tmp_path]
+    fails(run("omniglot", *flags, script="figures.py"), "metrics.jsonl: not readable")
 
 
 def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir, monkeypatch):

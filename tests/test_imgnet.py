@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -69,6 +70,25 @@ def test_arrays_hold_the_images_class_by_class(source, tmp_path):
             for member in range(6):
                 image = Image.open(source / f"images/{name}_{member}.jpg").convert("RGB").resize((84, 84), Image.Resampling.BILINEAR)
                 assert (images[6 * i + member] == np.asarray(image)).all()
+
+
+def test_classes_json_stands_only_beside_all_arrays(tmp_path, monkeypatch):
+    """A kill between two renames must not leave what `make mini` takes for prepared images."""
+    prepare_py = load("data/imgnet", "prepare")
+    prepare_py.write_all(tmp_path, {"train": np.zeros(1), "val": np.zeros(1)}, {"train": ["old"]})
+    renamed, replace = [], os.replace
+
+    def killed(source, target):
+        assert not (tmp_path / "classes.json").exists()
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_py.write_all(tmp_path, {"train": np.ones(1), "val": np.ones(1)}, {"train": ["new"]})
+    assert {path.name for path in tmp_path.iterdir()} == {"train.npy", "val.npy"}
 
 
 def test_zips_give_the_same_arrays_as_loose_files(source, tmp_path):

@@ -123,6 +123,9 @@ def test_eval_only_repeats_the_test(whole_run, tmp_path):
     result = run("omniglot", *flags, "--eval-only", "--checkpoint", folder, "--save-dir", out)  # both at once; an earlier test is replaced
     assert result.returncode == 0, result.stderr
     assert (out / "test.json").read_text() == (folder / "test.json").read_text()
+    config = json.loads((out / "config.json").read_text())  # says what the numbers depend on, and no more
+    assert config["precision"] == "fp32" and config["args"]["query"] == json.loads((folder / "config.json").read_text())["args"]["query"]
+    assert not config["args"].keys() & {"hidden_size", "train_iters", "way", "seed", "precision", "compile"}
 
 
 def test_a_checkpoint_is_tested_at_its_own_way(glyphs_dir, tmp_path):

@@ -225,6 +225,8 @@ def fails_here(capsys, monkeypatch, words, *args):
     (["test.npy: 6 images a class, expected at least 51"], ["--probe", "--test-shot", 1, 50]),
     (["x.pt: not found"], ["--export-only", "--checkpoint", "x.pt"]),
     (["last.pt: not found"], ["--export-only"]),
+    (["--resume is of training", "--export-only found"], ["--export-only", "--resume"]),
+    (["--export best is of the run", "--checkpoint found"], ["--export-only", "--checkpoint", "x.pt", "--export", "best"]),
     (["--way: 1 found", "--probe"], ["--probe", "--way", 1]),
     (["--feature-save-dir", "/dev/null"], ["--feature-save-dir", "/dev/null"]),
 ])  # fmt: skip

@@ -184,12 +184,13 @@ def prepare(source):
 
 
 def write_all(out, files, classes):
-    """All files or none: everything is written beside its place first, then renamed."""
+    """Everything is written beside its place first, then renamed; classes.json, which says that all are there, goes first and comes last."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
         for name, array in files.items():
             np.save(f"{folder}/{name}.npy", array)
         Path(folder, "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
+        Path(out, "classes.json").unlink(missing_ok=True)
         for name in [*(f"{name}.npy" for name in files), "classes.json"]:
             os.replace(f"{folder}/{name}", out / name)
 
