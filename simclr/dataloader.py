@@ -122,17 +122,18 @@ def draw_jitter(count, generator):
 # --- batched operations: x (N, 3, H, W), float32 in [0, 1]; factor (N,) -----------------------------
 
 
-def crop(images, boxes, flip):
-    """The boxes of uint8 images (N, 84, 84, 3), resized to 84x84, mirrored where flip (N,): -> (N, 3, 84, 84) in [0, 1].
+def crop(images, boxes, flip, size=SIZE):
+    """The boxes of uint8 images (N, 84, 84, 3), resized to size x size, mirrored where flip (N,): -> (N, 3, size, size) in [0, 1].
 
-    Bilinear inside the box, whose last pixels continue at its edge. No box is larger than the result, so nothing is
-    ever shrunk and an antialiasing filter would be the identity. grid_sample on channels-last images is the fastest
-    of the forms tried on a CPU: twice as fast as two matrix products with the separable weights.
+    Bilinear inside the box, whose last pixels continue at its edge. At the published size no box is larger than the
+    result, so nothing is shrunk and an antialiasing filter would be the identity; a smaller result has none either.
+    grid_sample on channels-last images is the fastest of the forms tried on a CPU: twice as fast as two matrix products
+    with the separable weights.
     """
     left, top, width, height = boxes.unsqueeze(-1).unbind(1)  # each (N, 1)
-    centre = (torch.arange(SIZE, device=images.device) + 0.5) / SIZE
+    centre = (torch.arange(size, device=images.device) + 0.5) / size
     column = torch.where(flip.unsqueeze(-1), 1 - centre, centre)
-    column = left + (column * width - 0.5).clamp_min(0).minimum(width - 1)  # (N, 84), in pixels of the image
+    column = left + (column * width - 0.5).clamp_min(0).minimum(width - 1)  # (N, size), in pixels of the image
     row = top + (centre * height - 0.5).clamp_min(0).minimum(height - 1)
     grid = torch.stack(torch.broadcast_tensors(column.unsqueeze(1), row.unsqueeze(2)), -1) * (2 / (SIZE - 1)) - 1
     x = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=True)
@@ -214,22 +215,22 @@ def draw_views(count, generator):
     return boxes, flip, factors, order, torch.rand(count, generator=generator) < P_GREY
 
 
-def make_views(images, boxes, flip, factors, order, grey):
-    """One view of every image, drawn by `draw_views`: uint8 (N, 84, 84, 3) -> (N, 3, 84, 84) in [0, 1]."""
+def make_views(images, boxes, flip, factors, order, grey, size=SIZE):
+    """One view of every image, drawn by `draw_views`: uint8 (N, 84, 84, 3) -> (N, 3, size, size) in [0, 1]."""
     boxes, flip, rows = (send(part, images.device) for part in (boxes, flip, grey.nonzero().squeeze(1)))
-    x = jitter(crop(images, boxes, flip), factors, order)
+    x = jitter(crop(images, boxes, flip, size), factors, order)
     return x.index_copy_(0, rows, greyscale(x.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 
-def training_views(images, generator):
-    """Both normalised views of a batch, all first ones first: uint8 (N, 84, 84, 3) -> (2 N, 3, 84, 84).
+def training_views(images, generator, size=SIZE):
+    """Both normalised views of a batch, all first ones first: uint8 (N, 84, 84, 3) -> (2 N, 3, size, size).
 
     SimCLR's views without blur (released code): random resized crop, flip, colour jitter, greyscale.
     """
     count = 2 * len(images)
     at_once = count if images.is_cuda else 64  # on a CPU: what its caches hold
     pieces = zip(*(part.split(at_once) for part in (images.repeat(2, 1, 1, 1), *draw_views(count, generator))))
-    return torch.cat([normalise(make_views(*piece)) for piece in pieces])
+    return torch.cat([normalise(make_views(*piece, size)) for piece in pieces])
 
 
 def plain_views(images):
@@ -237,13 +238,14 @@ def plain_views(images):
     return normalise(images.permute(0, 3, 1, 2).float() / 255)
 
 
-def contact_sheet(images, views, generator):
+def contact_sheet(images, views, generator, size=SIZE):
     """A picture of what the encoder learns from: each image beside `views` random views of it, a row an image.
 
-    uint8 (N, 84, 84, 3) -> uint8 (N * 84, (1 + views) * 84, 3).
+    uint8 (N, 84, 84, 3) -> uint8 (N * 84, (1 + views) * 84, 3), views of another size scaled to this one.
     """
     count = len(images)
-    x = make_views(images.repeat_interleave(views, 0), *draw_views(count * views, generator))
+    x = make_views(images.repeat_interleave(views, 0), *draw_views(count * views, generator), size)
+    x = F.interpolate(x, SIZE)
     x = (255 * x).round().byte().permute(0, 2, 3, 1).unflatten(0, (count, views)).cpu()
     rows = torch.cat([images.unsqueeze(1).cpu(), x], 1)  # (N, 1 + views, 84, 84, 3)
     return rows.transpose(1, 2).reshape(count * SIZE, -1, 3).numpy()

@@ -64,6 +64,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("model and training")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the features are 4 times as wide")
     g.add_argument("--batch-size", type=number(int, 2, below=2**31), default=512, help="images a step; each gives two views")
+    g.add_argument("--view-size", type=number(int, 64, below=96), default=84, help="pixels of a view's side in training; features are of whole images of 84")
     g.add_argument("--train-epochs", type=count, default=400, help="passes over the training images")
     g.add_argument("--lr", type=rate, default=1e-3, help=f"Adam's learning rate: constant for {CONSTANT_EPOCHS} epochs, then a cosine to zero")
     g.add_argument("--temperature", type=number(float, 1e-3), default=0.5, help="of the contrastive loss")
@@ -184,7 +185,8 @@ def export(splits, device, args):
     path = args.checkpoint or args.save_dir / f"{args.export}.pt"
     encoder = load_model(path, Encoder).to(device)
     check_feature_dir(args.feature_save_dir)
-    epoch = load_checkpoint(path).get("epoch")
+    checkpoint = load_checkpoint(path)
+    epoch, training = checkpoint.get("epoch"), checkpoint.get("training", {})
     features = {name: encode_all(encoder, images, f"{name} features") for name, images in splits.items()}
     if not all(h.isfinite().all() for h in features.values()):
         raise UserError(f"{path}: features that are NaN or infinite found, finite ones expected")
@@ -192,15 +194,15 @@ def export(splits, device, args):
     beside = {target: target.with_name(f".{target.name}.tmp") for target in arrays}  # all are written before the first is renamed
     for target, array in arrays.items():
         write_array(beside[target], array)
-    described = args.feature_save_dir / "features.json"
-    described.unlink(missing_ok=True)  # it must not stand beside features of another encoder for a moment
+    description = args.feature_save_dir / "features.json"
+    description.unlink(missing_ok=True)  # it must not stand beside features of another encoder for a moment
     for target, array in arrays.items():
         os.replace(beside[target], target)
         print(f"{target}  {array.shape} {array.dtype}")
     counts = {name: images.shape[1] for name, images in splits.items()}
-    write_json(described, {"train_epochs": epoch, "encoder_crc32": checksum(encoder), "images_per_class": counts})
+    write_json(description, {"train_epochs": epoch, **training, "encoder_crc32": checksum(encoder), "images_per_class": counts})
     if not args.checkpoint:
-        save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch})
+        save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch, "training": training})
     return features
 
 
@@ -232,14 +234,19 @@ def train_step(encoder, projection, optimizer, x, rate, temperature):
     return loss
 
 
+def described(args):
+    """What features.json says of a training, beside its length."""
+    return {"batch_size": args.batch_size, "view_size": args.view_size}
+
+
 def validate(encoder, images, epoch, step, history, args):
     """One line of metrics from labels that training never sees; the encoder becomes best.pt if it is the best so far."""
     features = encode_all(encoder, images)
     results = evaluate(standardise(features, features), nearest_mean, VALIDATION_SHOTS, VALIDATION_SEED, args)
     name = f"{args.way}way{BEST_SHOT}shot"
     if all(results[name]["accuracy"] > line[name]["accuracy"] for line in history):
-        checkpoint = {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch, "step": step, "validation": results}
-        save_checkpoint(args.save_dir / "best.pt", checkpoint)
+        checkpoint = {"model": encoder.state_dict(), "sizes": encoder.sizes, "training": described(args), "epoch": epoch, "step": step}
+        save_checkpoint(args.save_dir / "best.pt", checkpoint | {"validation": results})
     return results
 
 
@@ -276,7 +283,7 @@ def train(splits, device, bf16, config, stop, args):
         if order is None or position == 0:
             order = epoch_order(images, args.seed, epoch).to(device)
         encoder.train()
-        x = training_views(images[order[position * args.batch_size : (position + 1) * args.batch_size]], generator)
+        x = training_views(images[order[position * args.batch_size : (position + 1) * args.batch_size]], generator, args.view_size)
         rate = learning_rate((step - 1) / steps, args)
         losses.add(train_step(encoder, projection, optimizer, x, rate, args.temperature))
         heap.tidy()
@@ -297,8 +304,9 @@ def train(splits, device, bf16, config, stop, args):
             scores = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
             bar.write(f"epoch {epoch + 1}  {scores}  NT-Xent {terms['nt_xent']:.3f}")
         if saving:
-            progress = {"step": step, "seconds": time.monotonic() - began, "history": history, "sizes": encoder.sizes, "epoch": step // steps}
-            save_checkpoint(last, snapshot(parts) | progress)
+            progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
+            about = {"sizes": encoder.sizes, "training": described(args), "epoch": step // steps}
+            save_checkpoint(last, snapshot(parts) | progress | about)
             write_metrics(args.save_dir, history)
             saved = time.monotonic()
         if stopping:
@@ -376,7 +384,7 @@ def main():
         splits = load_splits(args)
         if args.contact_sheet:
             rows = splits["train"][:16, 0].to(device)
-            picture = Image.fromarray(contact_sheet(rows, 9, torch.Generator().manual_seed(args.seed)))
+            picture = Image.fromarray(contact_sheet(rows, 9, torch.Generator().manual_seed(args.seed), args.view_size))
             write_atomically(args.contact_sheet, lambda temporary: picture.save(temporary, "png"))
             return
         run = describe_run(args, device, bf16, splits)

@@ -94,15 +94,17 @@ def test_colour_operations_are_torchvisions(name, low, high):
         assert torch.allclose(ours[i], theirs(x[i], f), atol=1e-5), (name, f)
 
 
-def test_a_view_is_torchvisions_for_the_same_draws():
-    """Crop, flip, the four operations in the image's own order, greyscale, on 64 independent draws at once."""
+@pytest.mark.parametrize("size", [84, 64])
+def test_a_view_is_torchvisions_for_the_same_draws(size):
+    """Crop, flip, the four operations in the image's own order, greyscale, on 64 independent draws at once; smaller views without antialiasing."""
     names = ["brightness", "contrast", "saturation", "hue"]
     x, draws = images(64), data.draw_views(64, generator(3))
     before = x.clone()
-    views = data.make_views(x, *draws)
+    views = data.make_views(x, *draws, size)
+    assert views.shape == (64, 3, size, size)
     for i, (box, flip, factors, order, grey) in enumerate(zip(*draws)):
         left, top, width, height = map(int, box)
-        y = TF.resized_crop(x[i].permute(2, 0, 1).float() / 255, top, left, height, width, [84, 84], antialias=True)
+        y = TF.resized_crop(x[i].permute(2, 0, 1).float() / 255, top, left, height, width, [size, size], antialias=size == 84)
         y = TF.hflip(y) if flip else y
         for o in order.tolist():
             y = getattr(TF, f"adjust_{names[o]}")(y, factors[o].item()) if o >= 0 else y

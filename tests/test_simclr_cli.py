@@ -22,6 +22,9 @@ data, model = load("simclr", "dataloader"), load("simclr", "model")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads would only wait for each other over models this small
 TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --way 2 --query 1 --eval-episodes 6 --test-shot 1 2 --device cpu".split()
 
+# What features.json says of a run with these flags, beside the encoder's checksum.
+TINY_FEATURES = {"train_epochs": 3, "batch_size": 8, "view_size": 84, "images_per_class": {"train": 6, "val": 6, "test": 6}}
+
 
 def run(folder, *args, **options):
     return conftest.run(folder, *args, env=ONE_THREAD, **options)
@@ -111,7 +114,7 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     assert (tmp_path / "s/test.json").read_text() == (folder / "test.json").read_text()
     said = json.loads((features / "features.json").read_text())
     assert said == json.loads((tmp_path / "f/features.json").read_text())
-    assert said.pop("encoder_crc32") > 0 and said == {"train_epochs": 3, "images_per_class": {split: 6 for split in ("train", "val", "test")}}
+    assert said.pop("encoder_crc32") > 0 and said == TINY_FEATURES
     result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", folder, "--feature-save-dir", tmp_path / "best")
     assert result.returncode == 0, result.stderr
     best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
@@ -215,6 +218,7 @@ def fails_here(capsys, monkeypatch, words, *args):
 @pytest.mark.parametrize("words, flags", [
     (["--device", "nonsense"], ["--device", "nonsense"]),
     (["--batch-size", "1 found"], ["--batch-size", 1]),
+    (["--view-size", "63 found"], ["--view-size", 63]),
     (["--lr", "-1"], ["--lr=-1"]),
     (["--temperature"], ["--temperature", 0]),
     (["--checkpoint goes with --export-only"], ["--checkpoint", "x.pt"]),
@@ -306,7 +310,7 @@ def test_the_chain_on_real_images(tmp_path):
                 name = "images/" + row.split(",")[0]
                 out.writestr(name, places[name.split("/")[-1]].read(name))
     place = ["--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
-    result = run("simclr", "--data-dir", source, *place, "--debug", "--hidden-size", 16, "--probe", "--test-shot", 1, 5)
+    result = run("simclr", "--data-dir", source, *place, "--debug", "--view-size", 64, "--hidden-size", 16, "--probe", "--test-shot", 1, 5)
     assert result.returncode == 0, result.stderr
     assert {split: array.shape for split, array in read_features(tmp_path / "f").items()} == dict.fromkeys(("train", "val", "test"), (100, 64))
     assert json.loads((tmp_path / "s/test.json").read_text())["5way5shot"]["accuracy"] > 20  # chance
