@@ -35,6 +35,7 @@ RECIPES = {
 FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}  # what the fast recipe changes
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
+SIMCLR = {"batch_size": 512, "view_size": 84}
 
 
 def read_runs():
@@ -62,9 +63,16 @@ def recipe(experiment, run):
     else:
         name = "published"
     if experiment == "mimgnet":
+        name += simclr(run.get("features", {}))
         parts.append((run.get("features", {}).get("train_epochs"), EPOCHS, "SimCLR epochs"))
     short = [f"{f'{found:,}' if found else '?'} of {whole:,} {unit}" for found, whole, unit in parts if found != whole]
     return ", ".join([name, *short])
+
+
+def simclr(features):
+    """What features.json says of another SimCLR than the published one, but for its length; nothing if it is that."""
+    found = SIMCLR | {name: features[name] for name in SIMCLR if name in features}  # older than the two flags: the published ones
+    return "" if found == SIMCLR else f", SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
 
 
 def score(seeds, cell):
@@ -100,7 +108,7 @@ def table():
         rows = [(name, seeds, recipe(experiment, seeds[0])) for name, seeds in found.items()]
         if experiment == "mimgnet":
             baselines = {name: s for name, s in runs.items() if name.startswith("simclr") and all(cell in run["test"] for run in s)}
-            rows += [(name, seeds, "baseline: logistic regression on the features") for name, seeds in baselines.items()]
+            rows += [(name, seeds, f"baseline: logistic regression on the features{simclr(seeds[0]['args'])}") for name, seeds in baselines.items()]
         for name, seeds, made_by in rows:
             mean, text = score([run["test"] for run in seeds], cell)
             cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", made_by, describe(name, seeds)]

@@ -121,15 +121,17 @@ def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
 
 
 @needs_shared_data
-def test_the_encoder_makes_the_features_that_were_tested(tmp_path):
-    """From the real test images through results/simclr/encoder.pt to the one-shot accuracy of the Mini-ImageNet runs on its features."""
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "results").glob("simclr*/encoder.pt")))
+def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
+    """From the real test images through results/<name>/encoder.pt to the one-shot accuracy of the Mini-ImageNet runs on its features."""
     prepare = load("data/imgnet", "prepare")
     rows, (found, _) = prepare.read_csv(shared_data / "imgnet/test.csv"), prepare.find_images(shared_data / "imgnet")
     images = torch.from_numpy(np.stack([prepare.decode(found[filename]) for filename, _ in rows])).unflatten(0, (20, 600))
-    runtime, path = load("simclr", "runtime"), ROOT / "results/simclr/encoder.pt"
-    encoder, epochs = runtime.load_model(path, load("simclr", "model").Encoder), runtime.load_checkpoint(path)["epoch"]
+    runtime, path = load("simclr", "runtime"), ROOT / "results" / name / "encoder.pt"
+    encoder, checkpoint = runtime.load_model(path, load("simclr", "model").Encoder), runtime.load_checkpoint(path)
     np.save(tmp_path / "test_features.npy", load("simclr", "main").encode_all(encoder, images).flatten(0, 1).numpy())
-    runs = [folder for folder in MIMGNET if runtime.read_config(folder)["features"]["train_epochs"] == epochs]
+    about = {"train_epochs": checkpoint["epoch"], **checkpoint.get("training", {})}
+    runs = [folder for folder in MIMGNET if about.items() <= runtime.read_config(folder)["features"].items()]
     assert runs
     for folder in runs:
         flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1]
