@@ -76,12 +76,11 @@ def simclr(features):
 
 
 def score(seeds, cell):
-    """(mean, 'mean ± interval') of a cell over the tests of a run's seeds: the 95 % interval of one, the spread of several."""
+    """(mean, spread) of a cell over the tests of a run's seeds: of one its 95 % interval, of several their standard deviation."""
     cells = [test[cell] for test in seeds]
-    mean = statistics.fmean(c["accuracy"] for c in cells)
-    if len(cells) == 1:
-        return mean, f"{mean:.2f} ± {cells[0]['ci95']:.2f}"
-    return mean, f"{mean:.2f} (std {statistics.stdev(c['accuracy'] for c in cells):.2f}, {len(cells)} seeds)"
+    accuracies = [c["accuracy"] for c in cells]
+    spread = f"± {cells[0]['ci95']:.2f}" if len(cells) == 1 else f"std {statistics.stdev(accuracies):.2f}, {len(cells)} seeds"
+    return statistics.fmean(accuracies), spread
 
 
 def describe(name, seeds):
@@ -96,24 +95,36 @@ def device(run):
     return run["device"].replace(" 1 threads", " 1 thread")
 
 
+def rows(experiment, runs):
+    """(recipe, {cell: accuracy and difference to the paper's}, run) of each of our runs, after what of the published recipe nobody ran at full length."""
+    cells = {cell: (way, published) for (of, way, cell), published in PUBLISHED.items() if of == experiment}
+    made_by = {name: recipe(experiment, seeds[0]) for name, seeds in runs.items() if name.startswith(f"{experiment}-")}
+    if experiment == "mimgnet":
+        made_by |= {name: f"baseline: logistic regression on the features{simclr(s[0]['args'])}" for name, s in runs.items() if name.startswith("simclr")}
+    found = []
+    for name, how in made_by.items():
+        seeds, scores = runs[name], {}
+        for cell, (way, published) in cells.items():
+            if seeds[0]["args"]["way"] == way and all(cell in run["test"] for run in seeds):
+                mean, spread = score([run["test"] for run in seeds], cell)
+                scores[cell] = f"{mean:.2f} ({mean - published:+.2f})<br>{spread}"
+        found.append((how, scores, describe(name, seeds)))
+    whole = {cell for how, scores, _ in found if how == "published" for cell in scores}
+    missing = {cell: "not run" for cell in cells if cell not in whole}
+    return [("published, at full length", missing, ""), *found] if missing else found
+
+
 def table():
-    """The result table in Markdown: a row for each published cell and each of our runs of it."""
-    runs, lines = read_runs(), []
-    lines += ["| accuracy, % | published | ours | difference | recipe | run |", "|---|---|---|---|---|---|"]
-    for (experiment, way, cell), published in PUBLISHED.items():
-        title = f"{NAMES[experiment]} {readable(cell)}"
-        found = {name: s for name, s in runs.items() if name.startswith(f"{experiment}-") and s[0]["args"]["way"] == way and all(cell in run["test"] for run in s)}
-        if not found:
-            lines.append(f"| {title} | {published:.2f} | not run | | | |")
-        rows = [(name, seeds, recipe(experiment, seeds[0])) for name, seeds in found.items()]
-        if experiment == "mimgnet":
-            baselines = {name: s for name, s in runs.items() if name.startswith("simclr") and all(cell in run["test"] for run in s)}
-            rows += [(name, seeds, f"baseline: logistic regression on the features{simclr(seeds[0]['args'])}") for name, seeds in baselines.items()]
-        for name, seeds, made_by in rows:
-            mean, text = score([run["test"] for run in seeds], cell)
-            cells = [title, f"{published:.2f}", text, f"{mean - published:+.2f}", made_by, describe(name, seeds)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """The result tables in Markdown: for each data set the published cells, and each of our runs of them."""
+    runs, parts = read_runs(), []
+    for experiment, title in NAMES.items():
+        cells = {cell: published for (of, _, cell), published in PUBLISHED.items() if of == experiment}
+        lines = [f"| {title}, accuracy in % | {' | '.join(map(readable, cells))} | run |", "|---" * (len(cells) + 2) + "|"]
+        lines.append(f"| the paper | {' | '.join(f'{published:.2f}' for published in cells.values())} | |")
+        for how, scores, run in rows(experiment, runs):
+            lines.append(f"| {how} | {' | '.join(scores.get(cell, '') for cell in cells)} | {run} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def readable(cell):
@@ -130,7 +141,7 @@ def ways_table():
     lines = ["| trained model | shots at test | 5 ways | 10 ways | 15 ways | 20 ways |", "|---|---|---|---|---|---|"]
     for run, seeds in other_ways().items():
         for shot in (1, 5):
-            scores = [score(seeds, f"{way}way{shot}shot")[1] for way in (5, 10, 15, 20)]
+            scores = ["{:.2f} ({})".format(*score(seeds, f"{way}way{shot}shot")) for way in (5, 10, 15, 20)]
             lines.append(f"| `{run}` | {shot} | {' | '.join(scores)} |")
     return "\n".join(lines)
 

@@ -22,6 +22,24 @@ def test_tables_agree_with_results():
     assert check.returncode == 0, check.stderr
 
 
+def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
+    """Of a run with the published flags and two seeds at 5 ways, and a single fast one at 20."""
+    table, parse = load("results", "table"), load("omniglot", "main").parse_args
+
+    def fake(flags, **accuracies):
+        test = {cell: {"accuracy": accuracy, "ci95": 0.5} for cell, accuracy in accuracies.items()}
+        return {"args": vars(parse(flags.split())), "device": "a GPU", "seconds": 90.0, "test": test}
+
+    runs = {
+        "omniglot-5way": [fake("", **{"5way1shot": 94.0, "5way5shot": 97.0}), fake("--seed 1", **{"5way1shot": 95.0, "5way5shot": 97.0})],
+        "omniglot-20way-fast": [fake("--way 20 --sample-size 300 --kl-warmup-iters 9 --train-iters 50", **{"20way1shot": 80.0, "20way5shot": 90.0})],
+    }
+    missing, published, fast = table.rows("omniglot", runs)
+    assert missing[1] == {"20way1shot": "not run", "20way5shot": "not run"}
+    assert published[0] == "published" and published[1]["5way1shot"] == "94.50 (-0.42)<br>std 0.71, 2 seeds" and "20way1shot" not in published[1]
+    assert fast[0] == "fast" and fast[1] == {"20way1shot": "80.00 (-2.21)<br>± 0.50", "20way5shot": "90.00 (-0.61)<br>± 0.50"} and "50 steps in 2 min" in fast[2]
+
+
 @pytest.mark.parametrize("name, least", [("README.md", 10), ("results/README.md", 5), ("results/bench/README.md", 2)])
 def test_the_commands_are_understood(name, least):
     """Every call of main.py, figures.py and bench.py in a README, with the parser of the folder that the last `cd` before it went to."""
