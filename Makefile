@@ -32,11 +32,14 @@ demo: .venv/run
 	cd omniglot && "$(BIN)/python" figures.py --checkpoint ../$(DEMO)/5shot_best.pt --data-dir ../data/glyphs
 
 # Mini-ImageNet, the whole chain: `make mini SOURCE=folder` with images (or zips of them) and the three CSVs. Run again, it continues.
-EPOCHS ?= 400
+# FAST=1: SimCLR with fewer epochs, smaller batches and views, and Meta-GMVAE with fewer samples, for a CPU.
+SIMCLR := $(if $(FAST),--train-epochs 30 --batch-size 128 --view-size 64)
+GMVAE := $(if $(FAST),--train-mc-sample-size 16 --freq-iters 1500)
+MINI := runs/mini$(if $(FAST),-fast)
 mini: .venv/run
 	@test -n "$(SOURCE)" || { echo "make mini: SOURCE is empty, SOURCE=<folder with images/ or zips and train.csv, val.csv, test.csv> expected" >&2; exit 2; }
 	@test -d "$(SOURCE)" || { echo "make mini: SOURCE: $(SOURCE) found, a folder expected" >&2; exit 2; }
 	@test ! -f data/imgnet/classes.json || echo "data/imgnet is prepared already: SOURCE is not read again; remove data/imgnet/classes.json to have it read"
 	test -f data/imgnet/classes.json || "$(BIN)/python" data/imgnet/prepare.py --source "$(SOURCE)"
-	cd simclr && "$(BIN)/python" main.py --save-dir ../runs/simclr --train-epochs $(EPOCHS) --probe --resume
-	cd mimgnet && "$(BIN)/python" main.py --save-dir ../runs/mimgnet --resume
+	cd simclr && "$(BIN)/python" main.py --save-dir ../$(MINI)-simclr $(SIMCLR) --probe --resume
+	cd mimgnet && "$(BIN)/python" main.py --save-dir ../$(MINI) $(GMVAE) --resume

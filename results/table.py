@@ -211,18 +211,21 @@ def demo():
     return "\n".join([f"{run['seconds']:.0f} seconds of training, {device(run)}:\n", "```", *lines, "```"])
 
 
-def speed_table(path, before=None):
-    """A file of bench.py as a table; `before`, an older file of the same machine, adds what the programs took then."""
-    bench, old = (json.loads(p.read_text()) if p else None for p in (path, before))
+def speed_table(path, detail=False):
+    """A file of bench.py as a table; in detail, also the speed-up there would be if our products alone took time, and what an older file has."""
+    bench, before = json.loads(path.read_text()), path.with_name(f"{path.stem}-before.json")
+    old = json.loads(before.read_text())["measurements"] if detail and before.exists() else None
     versions = bench["versions"]
     threads = f", {bench['threads']} threads" if bench["device"].endswith("CPU") else ""
     lines = [f"{bench['device']}{threads}, torch {versions['torch']}, networks in {bench['precision']}: `{bench['command']}`\n"]
-    header = ["", "here", "plain float32", "speed-up", "peak memory", "plain's", *(["here, before"] if before else [])]
+    header = ["", "here", "plain float32", "speed-up", *(["products alone"] if detail else []), "peak memory", "plain's", *(["here, before"] if old else [])]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, row in bench["measurements"].items():
-        cells = [row["title"], pace(row, "ours"), pace(row, "plain"), ratio(row), memory(row, "ours"), memory(row, "plain")]
-        if before:
-            cells.append(pace(old["measurements"][name], "ours"))
+        cells = [row["title"], pace(row, "ours"), pace(row, "plain"), ratio(row)]
+        if detail:
+            products = row["ours"]["flop"] / bench["matmul_flop_per_second"][row["precision"]]
+            cells.append(f"{row['plain']['seconds'] / products:.1f} ×" if "plain" in row else "")
+        cells += [memory(row, "ours"), memory(row, "plain"), *([pace(old[name], "ours")] if old else [])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -268,10 +271,7 @@ def bench_files():
 
 def speed_tables():
     """Every file of bench.py, and the precisions side by side where they were compared."""
-    parts = []
-    for path in bench_files():
-        before = path.with_name(f"{path.stem}-before.json")
-        parts.append(speed_table(path, before if before.exists() else None))
+    parts = [speed_table(path, detail=True) for path in bench_files()]
     return "\n\n".join([*parts, *map(precision_table, sorted((RESULTS / "bench").glob("*-precisions.json")))])
 
 
