@@ -63,7 +63,8 @@ def recipe(experiment, run):
     else:
         name = "published"
     if experiment == "mimgnet":
-        name += simclr(run.get("features", {}))
+        other = simclr(run.get("features", {}))
+        name = f"{other}, else {name}" if other else name
         parts.append((run.get("features", {}).get("train_epochs"), EPOCHS, "SimCLR epochs"))
     short = [f"{f'{found:,}' if found else '?'} of {whole:,} {unit}" for found, whole, unit in parts if found != whole]
     return ", ".join([name, *short])
@@ -72,7 +73,7 @@ def recipe(experiment, run):
 def simclr(features):
     """What features.json says of another SimCLR than the published one, but for its length; nothing if it is that."""
     found = SIMCLR | {name: features[name] for name in SIMCLR if name in features}  # older than the two flags: the published ones
-    return "" if found == SIMCLR else f", SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
+    return "" if found == SIMCLR else f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
 
 
 def score(seeds, cell):
@@ -100,7 +101,8 @@ def rows(experiment, runs):
     cells = {cell: (way, published) for (of, way, cell), published in PUBLISHED.items() if of == experiment}
     made_by = {name: recipe(experiment, seeds[0]) for name, seeds in runs.items() if name.startswith(f"{experiment}-")}
     if experiment == "mimgnet":
-        made_by |= {name: f"baseline: logistic regression on the features{simclr(s[0]['args'])}" for name, s in runs.items() if name.startswith("simclr")}
+        encoders = {name: simclr(seeds[0]["args"]) or "SimCLR" for name, seeds in runs.items() if name.startswith("simclr")}
+        made_by |= {name: f"baseline: logistic regression on the features of {encoder}" for name, encoder in encoders.items()}
     found = []
     for name, how in made_by.items():
         seeds, scores = runs[name], {}
