@@ -194,13 +194,13 @@ def export(splits, device, args):
     beside = {target: target.with_name(f".{target.name}.tmp") for target in arrays}  # all are written before the first is renamed
     for target, array in arrays.items():
         write_array(beside[target], array)
-    description = args.feature_save_dir / "features.json"
-    description.unlink(missing_ok=True)  # it must not stand beside features of another encoder for a moment
+    described = args.feature_save_dir / "features.json"
+    described.unlink(missing_ok=True)  # it must not stand beside features of another encoder for a moment
     for target, array in arrays.items():
         os.replace(beside[target], target)
         print(f"{target}  {array.shape} {array.dtype}")
     counts = {name: images.shape[1] for name, images in splits.items()}
-    write_json(description, {"train_epochs": epoch, **training, "encoder_crc32": checksum(encoder), "images_per_class": counts})
+    write_json(described, {"train_epochs": epoch, **training, "encoder_crc32": checksum(encoder), "images_per_class": counts})
     if not args.checkpoint:
         save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch, "training": training})
     return features
@@ -234,9 +234,9 @@ def train_step(encoder, projection, optimizer, x, rate, temperature):
     return loss
 
 
-def described(args):
-    """What features.json says of a training, beside its length."""
-    return {"batch_size": args.batch_size, "view_size": args.view_size}
+def about(encoder, epoch, args):
+    """What every checkpoint says of its encoder: sizes, epochs and, of its training, what features.json repeats."""
+    return {"sizes": encoder.sizes, "epoch": epoch, "training": {"batch_size": args.batch_size, "view_size": args.view_size}}
 
 
 def validate(encoder, images, epoch, step, history, args):
@@ -245,8 +245,8 @@ def validate(encoder, images, epoch, step, history, args):
     results = evaluate(standardise(features, features), nearest_mean, VALIDATION_SHOTS, VALIDATION_SEED, args)
     name = f"{args.way}way{BEST_SHOT}shot"
     if all(results[name]["accuracy"] > line[name]["accuracy"] for line in history):
-        checkpoint = {"model": encoder.state_dict(), "sizes": encoder.sizes, "training": described(args), "epoch": epoch, "step": step}
-        save_checkpoint(args.save_dir / "best.pt", checkpoint | {"validation": results})
+        checkpoint = {"model": encoder.state_dict(), "step": step, "validation": results}
+        save_checkpoint(args.save_dir / "best.pt", checkpoint | about(encoder, epoch, args))
     return results
 
 
@@ -305,8 +305,7 @@ def train(splits, device, bf16, config, stop, args):
             bar.write(f"epoch {epoch + 1}  {scores}  NT-Xent {terms['nt_xent']:.3f}")
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
-            about = {"sizes": encoder.sizes, "training": described(args), "epoch": step // steps}
-            save_checkpoint(last, snapshot(parts) | progress | about)
+            save_checkpoint(last, snapshot(parts) | progress | about(encoder, step // steps, args))
             write_metrics(args.save_dir, history)
             saved = time.monotonic()
         if stopping:
