@@ -11,7 +11,6 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors; torch reads it at its first allocation
 
 import copy
-import functools
 import math
 import sys
 import time
@@ -22,8 +21,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataloader import check_episodes, check_width, draw_episodes, draw_sets, load_split, read_description
-from model import GMVAE, classify, loss_terms, sample_posterior
+from dataloader import check_episodes, check_width, draw_sets, load_split, read_description
+from evaluate import evaluate_split
+from model import GMVAE
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, check_compiler, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
     number, one_line_errors, open_folder, open_test_folder, read_config, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_metrics,
@@ -31,7 +31,6 @@ from runtime import (
 
 IMAGES_PER_CLASS = 600  # of Mini-ImageNet
 VALIDATION_SEED, TEST_SEED = 1, 2  # of the episodes: the same for every run
-NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that evaluation draws from
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
 # What a resumed run may change: where it runs and what it is tested on, not what it trains.
 FREE_ON_RESUME = {"data_dir", "save_dir", "device", "resume", "eval_only", "checkpoint", "test_way", "test_shot"}
@@ -61,6 +60,7 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=count, default=16, help="sets a step")
     g.add_argument("--sample-size", type=count, default=5, help="images a set")
     g.add_argument("--train-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image in training")
+    g.add_argument("--decode-samples", type=count, help="of an image's samples, drawn anew each step, how many are decoded (default: all)")
     g.add_argument("--unsupervised-em-iters", type=natural, default=10, help="EM iterations on each training set")
     g.add_argument("--em-start", choices=["samples", "images"], default="samples", help="where it starts: any samples (published), or those of different images")
     g.add_argument("--fix-pi", action="store_true", help="keep the mixture weights uniform in training")
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-episodes", type=count, default=1000, help="episodes of a validation, and of a test for each shot")
     g.add_argument("--test-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image in evaluation")
     g.add_argument("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on each episode")
-    g.add_argument("--e-step", choices=["unit", "learned", "hard"], default="unit", help="of an episode: variance 1 (published), learned variance, or k-means")
+    g.add_argument("--e-step", choices=["unit", "learned", "tied", "hard"], default="unit", help="variance of an episode's E-step: 1 (published), learned, learned and shared by the classes; hard: k-means")
     g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way, or the checkpoint's own with --eval-only")
     g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5, 20, 50], help="shots to test")
     g = p.add_argument_group("machine")
@@ -103,59 +103,7 @@ def parse_args(argv=None):
     return args
 
 
-# --- evaluation -----------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def noise_pool(samples, latent_size, device):
-    """NOISE_POOL images' worth of Monte-Carlo noise, (NOISE_POOL, S, D), and the state of the generator after it; kept from one evaluation to the next."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(NOISE_POOL, samples, latent_size, generator=generator).to(device), generator.get_state()
-
-
-@torch.no_grad()
-def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit"):
-    """Accuracy of each episode, in percent: (episodes,).
-
-    features (images, width); episodes (count, way, shot + query) from `draw_episodes`.
-    Support and query pass the set network together (transductive). Every episode picks its images' noise from
-    one pool made on the CPU, so that every device and every validation sees the same. Raises UserError for NaN.
-    """
-    count, way, members = episodes.shape
-    generator = torch.Generator()
-    pool, state = noise_pool(samples, model.sizes["latent_size"], features.device)
-    generator.set_state(state)
-    picks = torch.randint(NOISE_POOL, (count, way * members), generator=generator).to(features.device)
-    labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
-    at_once = max(1, (2**20 if features.is_cuda else 2**14) // (way * members * samples))  # on a CPU: what its caches hold
-    accuracies, finite = [], []
-    for index, pick in zip(episodes.flatten(1).to(features.device).split(at_once), picks.split(at_once)):
-        mean, log_var = model.posterior(features[index])  # (B, way * members, D)
-        z = sample_posterior(mean, log_var, pool[pick]).unflatten(1, (way, members))  # (B, way, members, S, D)
-        probabilities = classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), em_iters, reading)
-        accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
-        finite.append(probabilities.isfinite().all())
-    if not torch.stack(finite).all():  # NaN would count as the first class
-        raise UserError("evaluation: class probabilities that are NaN found, finite ones expected; are the weights or the data too large?")
-    return torch.cat(accuracies).cpu()
-
-
-def evaluate_split(model, images, ways, shots, seed, args):
-    """{'5way1shot': {accuracy, ci95, episodes}, ...}: mean and 1.96 std / sqrt(episodes), in percent.
-
-    In float32 whatever the training's precision, so that a checkpoint scores the same on every machine.
-    """
-    model.eval()
-    trained_in, model.bf16 = model.bf16, False
-    features, results = images.flatten(0, 1), {}
-    for way in ways:
-        for shot in shots:
-            episodes = draw_episodes(images, way, shot, args.query, args.eval_episodes, seed)
-            accuracy = evaluate(model, features, episodes, shot, args.test_mc_sample_size, args.semisupervised_em_iters, args.e_step)
-            ci95 = 1.96 * accuracy.std(correction=0).item() / len(accuracy) ** 0.5
-            results[f"{way}way{shot}shot"] = {"accuracy": accuracy.mean().item(), "ci95": ci95, "episodes": len(accuracy)}
-    model.bf16 = trained_in
-    return results
+# --- testing --------------------------------------------------------------------------------------
 
 
 def best_checkpoint(args):
@@ -189,18 +137,12 @@ def kl_weight(step, args):
     return args.kl_weight * (0.02 + 0.98 * step / args.kl_warmup_iters)
 
 
-@functools.cache
-def loss_of(compiled):
-    """`loss_terms`, for --compile by way of torch.compile: fewer passes over memory and, on a GPU, few launches in place of hundreds."""
-    return torch.compile(loss_terms, mode="reduce-overhead") if compiled else loss_terms
-
-
 def train_step(model, optimizer, x, step, args, generator):
     """One step of Adam on the negative evidence lower bound; returns its terms (reconstruction, KL), on the device."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     sizes = args.train_mc_sample_size, args.way, args.unsupervised_em_iters
-    reconstruction, kl = loss_of(args.compile)(model, x, *sizes, args.fix_pi, generator, args.em_start)
+    reconstruction, kl = model(x, *sizes, args.fix_pi, generator, args.em_start, args.decode_samples)
     optimizer.zero_grad()
     (reconstruction + kl_weight(step, args) * kl).backward()
     optimizer.step()
@@ -208,8 +150,11 @@ def train_step(model, optimizer, x, step, args, generator):
 
 
 def update_average(average, model, step, args):
-    """The moving average of the weights, and of batch norm's statistics, follows the model; from the first step's on."""
-    move = get_ema_multi_avg_fn(args.ema_decay if step > 1 else 0.0)
+    """Move the average of the weights, and of batch norm's statistics, towards the model.
+
+    The decay rises to --ema-decay, min(decay, (1 + t) / (10 + t)), so that the first steps' weights are soon forgotten.
+    """
+    move = get_ema_multi_avg_fn(min(args.ema_decay, step / (9 + step)))
     floats = ([value for value in module.state_dict().values() if value.is_floating_point()] for module in (average, model))
     move(*floats, None)
 
@@ -229,11 +174,13 @@ def train(splits, device, bf16, config, stop, args):
     torch.manual_seed(args.seed)
     model = GMVAE(splits["train"].shape[-1], args.hidden_size, args.latent_size, not args.no_set_attention, bf16).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed + 2**31)  # other draws than the weights'
     parts = {"model": model, "optimizer": optimizer, "generator": generator}
     if args.ema_decay:
         parts["average"] = copy.deepcopy(model)
     evaluated = parts.get("average", model)
+    if args.compile:
+        model.compile(mode="reduce-overhead")  # few passes over memory and, on a GPU, few launches instead of hundreds
 
     last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
     progress = {"step": 0, "seconds": 0.0, "history": []}

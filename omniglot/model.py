@@ -1,7 +1,6 @@
-"""Meta-GMVAE for images: the Gaussian mixture fitted by EM, and the networks around it.
+"""The networks of Meta-GMVAE for images, its training objective and its prediction; mixture.py has the mathematics.
 
-Symbols: z latents, pi mixture weights, mu means, var diagonal variances, resp responsibilities;
-B sets (or episodes), M images of a set, S Monte-Carlo samples of an image, D latent size, K components.
+Symbols: B sets (or episodes), M images of a set, S Monte-Carlo samples of an image, D latent size, K components.
 """
 
 import math
@@ -10,129 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# --- the mixture (the same text in every experiment that has one) ---------------------------------
-
-MIN_VAR = 1e-6  # a class whose samples coincide keeps a density
-MIN_WEIGHT = 1e-12  # a component that lost all its samples keeps a finite log pi
-
-
-def log_joint(z, pi, mu, var=None):
-    """log pi_k N(z; mu_k, var_k) less its terms without k, as matrix products.
-
-    z (B, N, D), pi (B, K), mu (B, K, D), var (B, K, D) or None for the identity -> (B, K, N).
-    Without var the terms left out are -|z|^2/2 - D/2 log(2 pi); with var, only -D/2 log(2 pi).
-    Nothing of size N x K x D is formed (paper, Gaussian-mixture prior; eq. of the E-step).
-    """
-    log_pi = pi.clamp_min(MIN_WEIGHT).log()
-    if var is None:
-        return mu @ z.mT + (log_pi - 0.5 * mu.square().sum(-1)).unsqueeze(-1)
-    precision = 1 / var
-    constant = log_pi - 0.5 * (mu.square() * precision - precision.log()).sum(-1)
-    return (mu * precision) @ z.mT - 0.5 * precision @ z.square().mT + constant.unsqueeze(-1)
-
-
-def e_step(z, pi, mu, var=None):
-    """Responsibilities p(y=k | z) of every sample; shapes as in `log_joint` -> (B, K, N)."""
-    return log_joint(z, pi, mu, var).softmax(-2)
-
-
-def m_step(z, resp, mu):
-    """Weights and means that maximise the expected likelihood: N_k = sum_i r_ik, mu_k = sum_i r_ik z_i / N_k.
-
-    z (B, N, D), resp (B, K, N) -> pi (B, K), mu (B, K, D). A component without samples keeps its
-    old mean, the argument mu, instead of 0/0.
-    """
-    weight = resp.sum(-1, keepdim=True)  # (B, K, 1)
-    mu = torch.where(weight > MIN_WEIGHT, resp @ z / weight.clamp_min(MIN_WEIGHT), mu)
-    return (weight / weight.sum(-2, keepdim=True)).squeeze(-1), mu
-
-
-@torch.no_grad()
-def fit_prior(z, components, iters, fix_pi=False, generator=None, start="samples"):
-    """Unsupervised EM with identity covariance: the prior psi* = (pi, mu) of each set.
-
-    z (B, M, S, D) -> pi (B, K), mu (B, K, D), fitted to the M S samples of each set. Starts from uniform pi and K random
-    "samples" (released code), or samples of K "images" where there are as many; constants for the gradient (paper, section
-    on the meta-training EM).
-    """
-    B, M, S, D = z.shape
-    draw = torch.rand(B, M, S, device=z.device, generator=generator)
-    if start == "images":  # none gives a second sample before each has given one
-        draw = torch.where(draw < draw.amax(-1, keepdim=True), draw - 1, draw)
-    first, z = draw.flatten(1).topk(components, dim=-1).indices, z.flatten(1, 2)
-    mu = z.gather(1, first.unsqueeze(-1).expand(-1, -1, D))
-    uniform = pi = z.new_full((B, components), 1 / components)
-    for _ in range(iters):
-        pi, mu = m_step(z, e_step(z, pi, mu), mu)
-        if fix_pi:
-            pi = uniform
-    return pi, mu
-
-
-def log_prior(z, pi, mu):
-    """log p_psi(z) = log sum_k pi_k N(z; mu_k, I), in nats; z (B, N, D) -> (B, N)."""
-    return log_joint(z, pi, mu).logsumexp(-2) - 0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
-
-
-@torch.no_grad()
-def adapt(support, query, iters, reading="unit"):
-    """Semi-supervised EM: mean and diagonal variance of every class of an episode.
-
-    support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples.
-    -> mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit" variance (released code), the variance
-    "learned" so far (paper, figure 1), or "hard": unit variance, each sample wholly in its likeliest class (k-means).
-    Without iterations: support means, variance 1.
-    """
-    B, K, n, D = support.shape
-    pi = support.new_full((B, K), 1 / K)
-    first, second = support.sum(2), support.square().sum(2)  # the support's share of every M-step
-    mu, var, query2 = first / n, torch.ones_like(first), query.square()
-    for step in range(iters):
-        resp = e_step(query, pi, mu, var if reading == "learned" else None)
-        if reading == "hard":
-            resp = torch.zeros_like(resp).scatter_(-2, resp.argmax(-2, keepdim=True), 1)
-        weight = n + resp.sum(-1, keepdim=True)
-        mu = (first + resp @ query) / weight
-        if reading == "learned" or step == iters - 1:
-            var = ((second + resp @ query2) / weight - mu.square()).clamp_min(MIN_VAR)
-    return mu, var
-
-
-@torch.no_grad()
-def predict(query, mu, var):
-    """Class probabilities of query images, averaged over their S samples; pi uniform.
-
-    query (B, Q, S, D), mu and var (B, K, D) -> (B, Q, K).
-    """
-    B, Q, S, D = query.shape
-    resp = e_step(query.reshape(B, Q * S, D), mu.new_ones(mu.shape[:2]), mu, var)
-    return resp.view(B, -1, Q, S).mean(-1).mT
-
-
-@torch.no_grad()
-def classify(support, query, iters, reading="unit"):
-    """An episode from samples to class probabilities: `adapt`, then `predict`.
-
-    support (B, K, shot, S, D), query (B, Q, S, D) -> (B, Q, K). The samples are first centred on a point
-    among them, which changes no result but keeps E[z^2] - mu^2 far from cancelling in float32.
-    """
-    centre = support[:, :, 0, 0].mean(1)
-    support, query = support - centre[:, None, None, None], query - centre[:, None, None]
-    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
-    return predict(query, mu, var)
-
-
-def sample_posterior(mean, log_var, noise):
-    """z = m + s * noise: mean, log_var (..., M, D), noise (..., M, S, D) -> (..., M, S, D)."""
-    return ((0.5 * log_var).exp().unsqueeze(-2) * noise).add_(mean.unsqueeze(-2))
-
-
-def log_posterior(log_var, noise):
-    """log q(z|x) of z = m + s * noise, in nats, which needs the noise only; shapes as in `sample_posterior` -> (..., M, S)."""
-    return -0.5 * (noise.square().sum(-1) + (log_var + math.log(2 * math.pi)).sum(-1, keepdim=True))
-
-
-# --- the networks ---------------------------------------------------------------------------------
+from layers import ConvTranspose, frozen_bias
+from mixture import classify, fit_prior, log_posterior, log_prior, sample_posterior
 
 
 class SetAttention(nn.Module):
@@ -164,101 +42,17 @@ class ConvBlock(nn.Module):
 
     def __init__(self, channels_in, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv = frozen_bias(nn.Conv2d(channels_in, channels, 3, padding=1))
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x):
         return F.max_pool2d(self.norm(self.conv(x)), 2, ceil_mode=True).relu()
 
 
-class OneChannel(torch.autograd.Function):
-    """Transposed convolution of kernel 4, stride 2 and padding 1 to a single channel: x (N, C, H, W), weight (C, 1, 4, 4) -> (N, 1, 2 H, 2 W).
-
-    Forward as one matrix product, of every pixel with its 4x4 taps, and their sums: a library's, made for many channels,
-    takes four times as long on a CPU. Backward is the library's.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        N, C, H, W = x.shape
-        taps = (weight.view(C, 16).mT @ x.permute(0, 2, 3, 1).reshape(-1, C).mT).view(4, 4, N, H, W)
-        y = x.new_empty(N, 1, 2 * H, 2 * W)
-        pixels = y.view(N, H, 2, W, 2)
-        for i, rows in enumerate(overlap(taps, -2)):
-            for j, sums in enumerate(overlap(rows, -1)):
-                pixels[:, :, i, :, j] = sums
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.ops.aten.convolution_backward(grad, *ctx.saved_tensors, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1, [True, True, False])[:2]
-
-
-def overlap(taps, dim):
-    """Sums of the four taps (4, ..., n, ...) of each of n pixels along `dim` that fall on the same place: at even places, at odd ones (each n)."""
-    even, odd, n = taps[1].clone(), taps[2].clone(), taps.shape[dim]
-    even.narrow(dim, 1, n - 1).add_(taps[3].narrow(dim, 0, n - 1))  # of the pixel before
-    odd.narrow(dim, 0, n - 1).add_(taps[0].narrow(dim, 1, n - 1))  # of the pixel after
-    return even, odd
-
-
-def dense(x, weight):
-    """Transposed convolution of kernel 4, stride 2 and padding 1 of 2x2 pixels: x (N, C_in, 2, 2), weight (C_in, C, 4, 4) -> (N, C, 4, 4).
-
-    One matrix product: of the 16 pixels that come out, each of the four that go in reaches nine.
-    """
-    reach = F.pad(weight, (1, 1, 1, 1)).unfold(2, 4, 2).unfold(3, 4, 2).flip(2, 3)  # (C_in, C, 2, 2, 4, 4): pixel in, pixel out
-    matrix = reach.permute(0, 2, 3, 4, 5, 1).reshape(x[0].numel(), -1)
-    return (x.flatten(1) @ matrix).view(len(x), 4, 4, -1).permute(0, 3, 1, 2)
-
-
-class ConvTranspose(nn.ConvTranspose2d):
-    """Transposed convolution of stride 2 and padding 1; its bias is added after it, or left to the `BatchNorm` that is.
-
-    With the bias inside, oneDNN on a CPU takes twice the time, or ten times.
-    """
-
-    def __init__(self, channels_in, channels, kernel_size, add_bias=True):
-        super().__init__(channels_in, channels, kernel_size, stride=2, padding=1)
-        self.add_bias = add_bias
-
-    def forward(self, x):
-        if self.kernel_size == (4, 4) and self.out_channels == 1:
-            y = OneChannel.apply(x, self.weight.to(x.dtype))
-        elif self.kernel_size == (4, 4) and x.shape[2:] == (2, 2):
-            y = dense(x, self.weight)
-        else:
-            y = F.conv_transpose2d(x, self.weight, None, self.stride, self.padding)
-        return y.add_(self.bias.to(y.dtype).view(-1, 1, 1)) if self.add_bias else y
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of x + bias, given x and the convolution whose bias it is.
-
-    Normalising takes a bias away again; it moves the running mean and nothing else. A training step is spared two
-    passes over the pixels, to add it and to sum its gradient, which is zero: the optimizer sees none, and the bias
-    keeps its first value, where weight decay would shrink it.
-    """
-
-    def __init__(self, conv):
-        super().__init__(conv.out_channels)
-        self.convs = (conv,)  # in a tuple: as a submodule its parameters would be listed twice
-
-    def forward(self, x):
-        bias = self.convs[0].bias.detach()
-        mean = self.running_mean - bias
-        y = F.batch_norm(x, mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
-        if self.training:
-            self.running_mean.copy_(mean + bias)
-            self.num_batches_tracked.add_(1)
-        return y
-
-
 def up_block(channels, kernel_size):
-    """The layers of a decoder's block: transposed convolution, batch norm, ReLU."""
-    conv = ConvTranspose(channels, channels, kernel_size, add_bias=False)
-    return conv, BatchNorm(conv), nn.ReLU(inplace=True)
+    """Return the layers of a decoder's block: transposed convolution, batch norm, ReLU."""
+    conv = frozen_bias(ConvTranspose(channels, channels, kernel_size))
+    return conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
 
 
 class GMVAE(nn.Module):
@@ -271,7 +65,8 @@ class GMVAE(nn.Module):
     def __init__(self, hidden_size=64, latent_size=64, set_attention=True, bf16=False):
         super().__init__()
         c, width = hidden_size, 4 * hidden_size
-        self.sizes, self.bf16 = {"hidden_size": hidden_size, "latent_size": latent_size, "set_attention": set_attention}, bf16
+        self.sizes = {"hidden_size": hidden_size, "latent_size": latent_size, "set_attention": set_attention}
+        self.bf16 = bf16
         self.encoder = nn.Sequential(ConvBlock(1, c), ConvBlock(c, c), ConvBlock(c, c), ConvBlock(c, c), nn.Flatten())
         self.set_network = nn.Sequential(SetAttention(width), SetAttention(width), nn.Linear(width, 2 * latent_size))
         self.decoder = nn.Sequential(
@@ -286,42 +81,82 @@ class GMVAE(nn.Module):
         )  # fmt: skip
         self.to(memory_format=torch.channels_last)
 
-    def autocast(self, x):
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16)
+    def autocast(self, x, enabled=True):
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and enabled)
 
     def encode(self, x):
-        """Images alone: (N, 28, 28, 1) float in [0, 1] -> features (N, 4 * hidden_size)."""
+        """Encode images alone: (N, 28, 28, 1) float in [0, 1] -> features (N, 4 * hidden_size)."""
         with self.autocast(x):
             return self.encoder(x.permute(0, 3, 1, 2))
 
     def posterior(self, h):
-        """q(z_i | x_i, X) of every member of a set: features (B, M, width) -> mean, log variance (B, M, D), float32.
+        """Return q(z_i | x_i, X) of every member of a set: features (B, M, width) -> mean, log variance (B, M, D).
 
-        Without set attention q(z_i | x_i): every image is a set of its own.
+        Without set attention q(z_i | x_i): every image is a set of its own. The last linear map is float32 always:
+        bfloat16 would round a latent to three digits.
         """
         sets = h if self.sizes["set_attention"] else h.flatten(0, 1).unsqueeze(1)
+        *attention, linear = self.set_network
         with self.autocast(h):
-            return self.set_network(sets).float().view(*h.shape[:2], -1).chunk(2, dim=-1)
+            for block in attention:
+                sets = block(sets)
+        with self.autocast(h, enabled=False):
+            return linear(sets.float()).view(*h.shape[:2], -1).chunk(2, dim=-1)
 
     def decode(self, z):
-        """Latents (N, D) -> Bernoulli logits of the pixels (N, 28, 28, 1), float32."""
+        """Decode latents (N, D) -> Bernoulli logits of the pixels (N, 28, 28, 1), float32."""
         with self.autocast(z):
             return self.decoder(z).float().permute(0, 2, 3, 1)
 
+    def forward(
+        self, x, samples, components, em_iters, fix_pi=False, generator=None, start="samples", decoded=None, target=None
+    ):
+        """Return both terms of the negative evidence lower bound, in nats an image; their sum is the objective.
 
-def loss_terms(model, x, samples, components, em_iters, fix_pi=False, generator=None, start="samples"):
-    """Both terms of the negative evidence lower bound, in nats an image; their sum is the objective.
+        x (B, M, 28, 28, 1) float in [0, 1] -> (-E log p(x|z), E[log q(z|x,X) - log p_psi*(z)]), means over images
+        and Monte-Carlo samples. psi* is fitted to the sets' own samples inside and carries no gradient.
+        `decoded` of each image's samples, drawn anew, pass the decoder (None: all): an unbiased estimate of the first
+        term but for batch norm's statistics. The decoder is asked for `target`, of x's shape (None: x itself).
+        """
+        B, M = x.shape[:2]
+        mean, log_var = self.posterior(self.encode(x.flatten(0, 1)).view(B, M, -1))
+        noise = torch.randn(B, M, samples, mean.shape[-1], device=x.device, generator=generator)
+        z = sample_posterior(mean, log_var, noise)  # (B, M, S, D)
+        pi, mu = fit_prior(z.detach(), components, em_iters, fix_pi, generator, start)
+        kl = log_posterior(log_var, noise).mean() - log_prior(z.flatten(1, 2), pi, mu).mean()
+        if decoded not in (None, samples):
+            chosen = torch.rand(B, M, samples, device=x.device, generator=generator).topk(decoded).indices
+            z = z.gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, z.shape[-1]))
+        logits = self.decode(z.flatten(0, 2)).view(B * M, z.shape[2], -1)
+        # Binary cross-entropy on logits is softplus(l) - x l; the second term needs no copy of x for every sample.
+        x = (x if target is None else target).view(B * M, -1)
+        bce = F.softplus(logits).sum() - (logits.sum(1) * x).sum()
+        return bce / (B * M * z.shape[2]), kl
 
-    x (B, M, 28, 28, 1) float in [0, 1] -> (-E log p(x|z), E[log q(z|x,X) - log p_psi*(z)]), means over
-    images and Monte-Carlo samples. psi* is fitted to the sets' own samples inside and carries no gradient.
-    """
-    B, M = x.shape[:2]
-    mean, log_var = model.posterior(model.encode(x.flatten(0, 1)).view(B, M, -1))
-    noise = torch.randn(B, M, samples, mean.shape[-1], device=x.device, generator=generator)
-    z = sample_posterior(mean, log_var, noise)  # (B, M, S, D)
-    pi, mu = fit_prior(z.detach(), components, em_iters, fix_pi, generator, start)
-    kl = log_posterior(log_var, noise).mean() - log_prior(z.flatten(1, 2), pi, mu).mean()
-    logits = model.decode(z.flatten(0, 2)).view(B * M, samples, -1)
-    # Binary cross-entropy on logits is softplus(l) - x l; the second term needs no copy of x for every sample.
-    bce = F.softplus(logits).sum() - (logits.sum(1) * x.view(B * M, -1)).sum()
-    return bce / (B * M * samples), kl
+    @torch.no_grad()
+    def predict_encoded(self, support, query, noise, em_iters=10, reading="unit"):
+        """Classify the query images of episodes from their features: `classify` on samples of the posterior.
+
+        support (B, K, shot, width), query (B, Q, width), noise (B, K shot + Q, S, D), the support's first ->
+        probabilities (B, Q, K). Support and query pass the set network together (transductive).
+        """
+        mean, log_var = self.posterior(torch.cat([support.flatten(1, 2), query], 1))
+        z = sample_posterior(mean, log_var, noise)
+        first, second = z.split([support.shape[1] * support.shape[2], query.shape[1]], dim=1)
+        return classify(first.unflatten(1, support.shape[1:3]), second, em_iters, reading)
+
+    @torch.no_grad()
+    def predict(self, support, query, samples=32, em_iters=10, reading="unit", seed=0):
+        """Classify query images given a few labeled ones of each class; the model in evaluation mode.
+
+        support (way, shot, 28, 28, 1), query (N, 28, 28, 1), ink = 1 -> probabilities
+        (N, way). The queries are looked at together (transductive); without EM on them: em_iters=0. `seed` is of
+        the Monte-Carlo samples.
+        """
+        h = self.encode(torch.cat([support.flatten(0, 1), query]))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(h), samples, self.sizes["latent_size"], generator=generator).to(h.device)
+        first, second = h.split([support.shape[:2].numel(), len(query)])
+        return self.predict_encoded(
+            first.unflatten(0, support.shape[:2])[None], second[None], noise[None], em_iters, reading
+        )[0]

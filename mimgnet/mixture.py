@@ -1,0 +1,136 @@
+"""The Gaussian mixture of Meta-GMVAE, fitted by EM (the same file in omniglot/ and mimgnet/).
+
+Symbols: z latents, pi mixture weights, mu means, var diagonal variances, resp responsibilities;
+B sets (or episodes), M images of a set, S Monte-Carlo samples of an image, N samples in all, D latent size,
+K components.
+"""
+
+import math
+
+import torch
+
+MIN_VAR = 1e-6  # a class whose samples coincide keeps a density
+MIN_WEIGHT = 1e-12  # a component that lost all its samples keeps a finite log pi
+
+
+def log_joint(z, pi, mu, var=None):
+    """Return log pi_k N(z; mu_k, var_k) less its terms without k, as matrix products.
+
+    z (B, N, D), pi (B, K), mu (B, K, D), var (B, K, D) or None for the identity -> (B, K, N).
+    Without var the terms left out are -|z|^2/2 - D/2 log(2 pi); with var, only -D/2 log(2 pi).
+    Nothing of size N x K x D is formed (paper, Gaussian-mixture prior; eq. of the E-step).
+    """
+    log_pi = pi.clamp_min(MIN_WEIGHT).log()
+    if var is None:
+        return mu @ z.mT + (log_pi - 0.5 * mu.square().sum(-1)).unsqueeze(-1)
+    precision = 1 / var
+    constant = log_pi - 0.5 * (mu.square() * precision - precision.log()).sum(-1)
+    return (mu * precision) @ z.mT - 0.5 * precision @ z.square().mT + constant.unsqueeze(-1)
+
+
+def e_step(z, pi, mu, var=None):
+    """Return the responsibilities p(y=k | z) of every sample; shapes as in `log_joint` -> (B, K, N)."""
+    return log_joint(z, pi, mu, var).softmax(-2)
+
+
+def m_step(z, resp, mu):
+    """Maximise the expected likelihood: N_k = sum_i r_ik, mu_k = sum_i r_ik z_i / N_k.
+
+    z (B, N, D), resp (B, K, N) -> pi (B, K), mu (B, K, D). A component without samples keeps its
+    old mean, the argument mu, instead of 0/0.
+    """
+    weight = resp.sum(-1, keepdim=True)  # (B, K, 1)
+    mu = torch.where(weight > MIN_WEIGHT, resp @ z / weight.clamp_min(MIN_WEIGHT), mu)
+    return (weight / weight.sum(-2, keepdim=True)).squeeze(-1), mu
+
+
+@torch.no_grad()
+def fit_prior(z, components, iters, fix_pi=False, generator=None, start="samples"):
+    """Fit, by unsupervised EM with identity covariance, the prior psi* = (pi, mu) of each set.
+
+    z (B, M, S, D) -> pi (B, K), mu (B, K, D), fitted to the M S samples of each set. Starts from uniform pi and K
+    random "samples" (released code), or samples of K different "images"; where a set has fewer than K images, each
+    gives one sample before any gives a second. Constants for the gradient (paper, EM while meta-training).
+    """
+    B, M, S, D = z.shape
+    draw = torch.rand(B, M, S, device=z.device, generator=generator)
+    if start == "images":  # an image's largest draw stays in [0, 1), its others fall below all of these
+        draw = torch.where(draw < draw.amax(-1, keepdim=True), draw - 1, draw)
+    first, z = draw.flatten(1).topk(components, dim=-1).indices, z.flatten(1, 2)
+    mu = z.gather(1, first.unsqueeze(-1).expand(-1, -1, D))
+    uniform = pi = z.new_full((B, components), 1 / components)
+    for _ in range(iters):
+        pi, mu = m_step(z, e_step(z, pi, mu), mu)
+        if fix_pi:
+            pi = uniform
+    return pi, mu
+
+
+def log_prior(z, pi, mu):
+    """Return log p_psi(z) = log sum_k pi_k N(z; mu_k, I), in nats; z (B, N, D) -> (B, N)."""
+    left_out = 0.5 * z.square().sum(-1) + 0.5 * z.shape[-1] * math.log(2 * math.pi)  # by `log_joint`
+    return log_joint(z, pi, mu).logsumexp(-2) - left_out
+
+
+@torch.no_grad()
+def adapt(support, query, iters, reading="unit"):
+    """Fit mean and diagonal variance of every class of an episode by semi-supervised EM.
+
+    support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples.
+    -> mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit" variance (released code), the variance
+    "learned" so far (paper, figure 1), "tied", learned but shared by the classes (their mean, weighted by their
+    samples), or "hard": unit variance, each sample wholly in its likeliest class (k-means).
+    Without iterations: support means, variance 1.
+    """
+    B, K, n, D = support.shape
+    pi = support.new_full((B, K), 1 / K)
+    first, second = support.sum(2), support.square().sum(2)  # the support's share of every M-step
+    mu, var, query2 = first / n, torch.ones_like(first), query.square()
+    for step in range(iters):
+        resp = e_step(query, pi, mu, var if reading in ("learned", "tied") else None)
+        if reading == "hard":
+            resp = torch.zeros_like(resp).scatter_(-2, resp.argmax(-2, keepdim=True), 1)
+        weight = n + resp.sum(-1, keepdim=True)
+        mu = (first + resp @ query) / weight
+        if reading in ("learned", "tied") or step == iters - 1:
+            var = ((second + resp @ query2) / weight - mu.square()).clamp_min(MIN_VAR)
+        if reading == "tied":
+            var = ((weight * var).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).expand_as(mu)
+    return mu, var
+
+
+@torch.no_grad()
+def predict(query, mu, var):
+    """Return class probabilities of query images, averaged over their S samples; pi uniform.
+
+    query (B, Q, S, D), mu and var (B, K, D) -> (B, Q, K).
+    """
+    B, Q, S, D = query.shape
+    resp = e_step(query.reshape(B, Q * S, D), mu.new_ones(mu.shape[:2]), mu, var)
+    return resp.view(B, -1, Q, S).mean(-1).mT
+
+
+@torch.no_grad()
+def classify(support, query, iters, reading="unit"):
+    """Classify episodes, from samples to class probabilities: `adapt`, then `predict`.
+
+    support (B, K, shot, S, D), query (B, Q, S, D) -> (B, Q, K). The samples are first centred on a point
+    among them, which changes no result but keeps E[z^2] - mu^2 far from cancelling in float32.
+    """
+    centre = support[:, :, 0, 0].mean(1)
+    support, query = support - centre[:, None, None, None], query - centre[:, None, None]
+    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
+    return predict(query, mu, var)
+
+
+def sample_posterior(mean, log_var, noise):
+    """Draw z = m + s * noise: mean, log_var (..., M, D), noise (..., M, S, D) -> (..., M, S, D)."""
+    return ((0.5 * log_var).exp().unsqueeze(-2) * noise).add_(mean.unsqueeze(-2))
+
+
+def log_posterior(log_var, noise):
+    """Return log q(z|x) of z = m + s * noise, in nats: shapes as in `sample_posterior` -> (..., M, S).
+
+    It follows from the noise alone.
+    """
+    return -0.5 * (noise.square().sum(-1) + (log_var + math.log(2 * math.pi)).sum(-1, keepdim=True))
