@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from dataloader import as_float, check_episodes, draw_episodes, load_split
-from model import GMVAE, adapt, sample_posterior
+from mixture import adapt, sample_posterior
+from model import GMVAE
 from runtime import HERE, Parser, UserError, load_model, number, one_line_errors, write_atomically
 
 COLOURS = plt.get_cmap("tab10").colors

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dataloader import check_episodes, draw_sets, load_split
 from evaluate import evaluate_split
 from model import GMVAE
+from pose import canonical, pose, warp
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, check_compiler, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
     number, one_line_errors, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_metrics,
@@ -60,6 +61,9 @@ def parse_args(argv=None):
     g.add_argument("--sample-size", type=count, default=200, help="images a set (published: 200 for 5-way, 300 for 20-way)")
     g.add_argument("--train-mc-sample-size", type=count, default=32, help="Monte-Carlo samples an image in training")
     g.add_argument("--decode-samples", type=count, help="of an image's samples, drawn anew each step, how many are decoded (default: all)")
+    g.add_argument("--target", choices=["drawing", "canonical"], default="drawing", help="what is decoded: the drawing (published), or it without its pose")
+    g.add_argument("--target-shape", type=rate, default=0.25, help="of --target canonical: power of the covariance taken out; 0: none, 0.5: all slant and aspect")
+    g.add_argument("--warp", choices=["none", "affine", "elastic"], default="none", help="of the encoder's input in training; elastic: affine as well")
     g.add_argument("--unsupervised-em-iters", type=natural, default=10, help="EM iterations on each training set")
     g.add_argument("--em-start", choices=["samples", "images"], default="samples", help="where it starts: any samples (published), or those of different images")
     g.add_argument("--fix-pi", action="store_true", help="keep the mixture weights uniform in training")
@@ -139,13 +143,21 @@ def kl_weight(step, args):
     return args.kl_weight * (0.02 + 0.98 * step / args.kl_warmup_iters)
 
 
+def views(x, generator, args):
+    """Return what the encoder sees of a batch x (B, M, 28, 28, 1) and what the decoder is to draw of it."""
+    flat = x.flatten(0, 1)
+    target = canonical(flat, pose(flat, args.target_shape)).view_as(x) if args.target == "canonical" else x
+    return (x if args.warp == "none" else warp(flat, args.warp, generator).view_as(x)), target
+
+
 def train_step(model, optimizer, x, step, args, generator):
     """One step of Adam on the negative evidence lower bound; returns its terms (reconstruction, KL), on the device."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     sizes = args.train_mc_sample_size, args.way, args.unsupervised_em_iters
+    x, target = views(x, generator, args)
     mixture = args.fix_pi, generator, args.em_start, args.decode_samples
-    reconstruction, kl = model(x, *sizes, *mixture)
+    reconstruction, kl = model(x, *sizes, *mixture, target)
     optimizer.zero_grad()
     (reconstruction + kl_weight(step, args) * kl).backward()
     optimizer.step()

@@ -57,10 +57,17 @@ def one_line_errors():
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows every default in --help and says an error in one line."""
+    """Parse flags, also from files named as @file: one flag a line, the rest of a line after # is its reason.
+
+    Shows every default in --help and says an error in one line.
+    """
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -252,9 +259,10 @@ def restore(parts, checkpoint, path):
 
 
 def git_commit():
-    """The commit that this file's repository stands at; None without git or a repository."""
+    """Name the commit of this file's repository, with -dirty if files differ from it; None without git or a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         return None
 

@@ -66,6 +66,8 @@ def gmvae_step(folder, title, flags, images, device, bf16, **sizes):
     ours, oracle = networks(folder, args, bf16, device, **sizes)
     adam = {"lr": args.lr, "weight_decay": args.weight_decay}
     our_adam, plain_adam = torch.optim.Adam(ours.parameters(), fused=True, **adam), torch.optim.Adam(oracle.parameters(), **adam)
+    if args.compile:
+        ours.compile(mode="reduce-overhead")
     our_draws, plain_draws = (torch.Generator(device).manual_seed(0) for _ in range(2))
 
     def our_step():
@@ -105,22 +107,22 @@ def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
     The plain version takes a few whole episodes at once, encoder included; the noise is drawn before, for both.
     """
     at_once = 32 if device.type == "cuda" else 4  # enough to fill a GPU
-    main, dataloader = load(folder, "main"), load(folder, "dataloader")
+    main, dataloader, evaluation = (load(folder, name) for name in ("main", "dataloader", "evaluate"))
     args, images = main.parse_args(flags), images.to(device)
     ours, oracle = (network.eval() for network in networks(folder, args, False, device, **sizes))
     S, iters = args.test_mc_sample_size, args.semisupervised_em_iters
     episodes = dataloader.draw_episodes(images, way, shot, args.query, count, seed=0)
     members = shot + args.query
     draws = torch.Generator().manual_seed(0)  # those of `evaluate`
-    pool = torch.randn(main.NOISE_POOL, S, args.latent_size, generator=draws)
-    picks = torch.randint(main.NOISE_POOL, (count, way * members), generator=draws)[:at_once]
+    pool = torch.randn(evaluation.NOISE_POOL, S, args.latent_size, generator=draws)
+    picks = torch.randint(evaluation.NOISE_POOL, (count, way * members), generator=draws)[:at_once]
     noise = pool[picks].unflatten(1, (way, members)).to(device)
     flat, labels = images.flatten(0, 1), torch.arange(way, device=device).repeat_interleave(args.query)
     as_float = getattr(dataloader, "as_float", lambda x: x)
-    features = flat if folder == "mimgnet" else main.encode_all(ours, images)
+    features = flat if folder == "mimgnet" else evaluation.encode_all(ours, images)
 
     def our_episodes():
-        return main.evaluate(ours, features, episodes, shot, S, iters)
+        return evaluation.evaluate(ours, features, episodes, shot, S, iters)
 
     @torch.no_grad()
     def plain_episodes():
@@ -128,7 +130,7 @@ def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
         found = plain.predict_episodes(oracle, x, shot, noise, iters).argmax(-1)
         return 100 * (found == labels).float().mean(-1).cpu()  # of each episode, in percent, as `evaluate` returns it
 
-    encode = {} if folder == "mimgnet" else {"encode": (lambda: main.encode_all(ours, images), 1)}
+    encode = {} if folder == "mimgnet" else {"encode": (lambda: evaluation.encode_all(ours, images), 1)}
     fast = encode | {"episodes": (our_episodes, EPISODES / count)}
     title = f"{title} prediction, {way}-way {shot}-shot, S={S}"
     return Pair(title, "episodes", EPISODES, "fp32", fast, {"episodes": (plain_episodes, EPISODES / len(picks))}, 5e-2)

@@ -67,13 +67,15 @@ def adapt(support, query, iters, reading):
     labels = torch.eye(K, dtype=support.dtype, device=support.device).repeat_interleave(n, 0).expand(*support.shape[:-3], -1, -1)
     z = torch.cat([support.flatten(-3, -2), query], -2)
     for _ in range(iters):
-        guess = e_step(query, pi, mu, var if reading == "learned" else torch.ones_like(var))
+        guess = e_step(query, pi, mu, var if reading in ("learned", "tied") else torch.ones_like(var))
         if reading == "hard":
             guess = F.one_hot(guess.argmax(-1), K).to(guess)
         resp = torch.cat([labels, guess], -2)
         _, mu = m_step(z, resp)
         squares = (z.unsqueeze(-2) - mu.unsqueeze(-3)) ** 2  # (..., K n + N, K, D)
         var = (resp.unsqueeze(-1) * squares).sum(-3) / resp.sum(-2).unsqueeze(-1)
+        if reading == "tied":  # one variance for all classes, of every sample around its own class's mean
+            var = ((resp.unsqueeze(-1) * squares).sum((-3, -2)) / resp.sum((-2, -1)).unsqueeze(-1)).unsqueeze(-2).expand_as(mu)
     return mu, var
 
 

@@ -62,7 +62,7 @@ def test_loss_terms_and_gradients(iters, fix_pi):
     B, M, S, K, D = 3, 5, 8, 4, 6
     network = model.GMVAE(32, hidden_size=24, latent_size=D)
     x = clusters(0, B, M)
-    terms = model.loss_terms(network, x, S, K, iters, fix_pi, torch.Generator().manual_seed(5))
+    terms = network(x, S, K, iters, fix_pi, torch.Generator().manual_seed(5))
     sum(terms).backward()
 
     g = torch.Generator().manual_seed(5)  # the same draws, in the order the loss makes them
@@ -93,10 +93,10 @@ def test_networks_follow_the_method():
 def test_bf16_stays_close_and_the_mixture_float32():
     torch.manual_seed(0)
     network, x = model.GMVAE(32, 24, 6), clusters(0, 3, 5)
-    exact = model.loss_terms(network, x, 8, 4, 10, generator=torch.Generator().manual_seed(0))
+    exact = network(x, 8, 4, 10, generator=torch.Generator().manual_seed(0))
     network.bf16 = True
     assert all(part.dtype == torch.float32 for part in network.posterior(x))
-    close = model.loss_terms(network, x, 8, 4, 10, generator=torch.Generator().manual_seed(0))
+    close = network(x, 8, 4, 10, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(close[0], exact[0], rtol=0.02, atol=0)
     torch.testing.assert_close(close[1], exact[1], rtol=0.1, atol=0.1)
 
@@ -117,7 +117,7 @@ def test_nan_is_no_accuracy():
     images = 1e30 * clusters(0, 6, 20)  # finite, but not what the set network makes of them
     episodes = dataloader.draw_episodes(images, 5, 1, 5, 4, seed=0)
     with pytest.raises(main.UserError, match="NaN"):
-        main.evaluate(network, images.flatten(0, 1), episodes, 1, 2, 3)
+        load("mimgnet", "evaluate").evaluate(network, images.flatten(0, 1), episodes, 1, 2, 3)
 
 
 def test_it_learns():

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 import plain
 from conftest import load
 
-model = load("omniglot", "model")
+mixture = load("omniglot", "mixture")
 
 
 def random_mixture(seed, B=3, N=40, D=6, K=4, dtype=torch.float64):
@@ -22,7 +22,7 @@ def random_mixture(seed, B=3, N=40, D=6, K=4, dtype=torch.float64):
 @pytest.mark.parametrize("learned", [False, True])
 def test_e_step(learned):
     z, pi, mu, var = random_mixture(0)
-    resp = model.e_step(z, pi, mu, var if learned else None)
+    resp = mixture.e_step(z, pi, mu, var if learned else None)
     for b in range(len(z)):
         expected = plain.e_step(z[b], pi[b], mu[b], var[b] if learned else torch.ones_like(var[b]))
         torch.testing.assert_close(resp[b].mT, expected)
@@ -30,8 +30,8 @@ def test_e_step(learned):
 
 def test_m_step():
     z, pi, mu, _ = random_mixture(1)
-    resp = model.e_step(z, pi, mu)
-    new_pi, new_mu = model.m_step(z, resp, mu)
+    resp = mixture.e_step(z, pi, mu)
+    new_pi, new_mu = mixture.m_step(z, resp, mu)
     for b in range(len(z)):
         expected = plain.m_step(z[b], resp[b].mT)
         torch.testing.assert_close((new_pi[b], new_mu[b]), expected)
@@ -42,7 +42,7 @@ def test_m_step():
 @pytest.mark.parametrize("iters", [0, 1, 10])
 def test_fit_prior(iters, fix_pi, start):
     z = random_mixture(2)[0]
-    pi, mu = model.fit_prior(z.unflatten(1, (8, 5)), 4, iters, fix_pi, torch.Generator().manual_seed(7), start)
+    pi, mu = mixture.fit_prior(z.unflatten(1, (8, 5)), 4, iters, fix_pi, torch.Generator().manual_seed(7), start)
     first = plain.starting_samples(torch.rand(3, 8, 5, generator=torch.Generator().manual_seed(7)), 4, start)
     for b in range(len(z)):
         assert len(z[b, first[b]].unique(dim=0)) == 4
@@ -56,7 +56,7 @@ def test_em_starts_at_distinct_samples_or_images(seed, M, S, data):
     K = data.draw(st.integers(1, M * S))
     z = torch.arange(2 * M * S, dtype=torch.float64).view(2, M, S, 1)
     for start in ("samples", "images"):
-        mu = model.fit_prior(z, K, 0, generator=torch.Generator().manual_seed(seed), start=start)[1]
+        mu = mixture.fit_prior(z, K, 0, generator=torch.Generator().manual_seed(seed), start=start)[1]
         for found, images in zip(mu.squeeze(-1), z.squeeze(-1)):
             assert len(found.unique()) == K
             of = {int((images == sample).any(-1).nonzero()) for sample in found}
@@ -67,27 +67,27 @@ def test_em_starts_at_distinct_samples_or_images(seed, M, S, data):
 def test_em_starts_anywhere(start):
     """Every sample of every image is as likely as any other."""
     z = torch.arange(12.0).view(1, 4, 3, 1).expand(3000, -1, -1, -1)
-    mu = model.fit_prior(z, 2, 0, generator=torch.Generator().manual_seed(0), start=start)[1]
+    mu = mixture.fit_prior(z, 2, 0, generator=torch.Generator().manual_seed(0), start=start)[1]
     times = torch.bincount(mu.flatten().long(), minlength=12)
     assert (times - 500).abs().max() < 100  # 4.5 standard deviations
 
 
 def test_log_prior():
     z, pi, mu, _ = random_mixture(3)
-    value = model.log_prior(z, pi, mu)
+    value = mixture.log_prior(z, pi, mu)
     for b in range(len(z)):
         torch.testing.assert_close(value[b], plain.log_likelihood(z[b], pi[b], mu[b]))
 
 
-@pytest.mark.parametrize("reading", ["unit", "learned", "hard"])
+@pytest.mark.parametrize("reading", ["unit", "learned", "tied", "hard"])
 @pytest.mark.parametrize("iters", [0, 1, 10])
 def test_adapt_and_classify(iters, reading):
     g = torch.Generator().manual_seed(4)
     B, K, shot, Q, S, D = 2, 3, 2, 5, 4, 6
     support = torch.randn(B, K, shot, S, D, generator=g, dtype=torch.float64) + torch.arange(K).view(1, K, 1, 1, 1)
     query = torch.randn(B, Q, S, D, generator=g, dtype=torch.float64) + 1
-    mu, var = model.adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
-    probabilities = model.classify(support, query, iters, reading)
+    mu, var = mixture.adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
+    probabilities = mixture.classify(support, query, iters, reading)
     for b in range(B):
         torch.testing.assert_close((mu[b], var[b]), plain.adapt(support[b].flatten(1, 2), query[b].flatten(0, 1), iters, reading))
         torch.testing.assert_close(probabilities[b], plain.classify(support[b].flatten(1, 2), query[b], iters, reading))
@@ -99,7 +99,7 @@ def test_float32_stays_close_far_from_the_origin():
     offset = 300.0
     support = offset + torch.randn(1, 3, 1, 8, 4, generator=g) * 0.1 + 2 * torch.eye(3, 4).view(1, 3, 1, 1, 4)
     query = offset + torch.randn(1, 9, 8, 4, generator=g) * 0.1 + 2 * torch.eye(3, 4).repeat_interleave(3, 0).view(1, 9, 1, 4)
-    probabilities = model.classify(support, query, 10)
+    probabilities = mixture.classify(support, query, 10)
     expected = plain.classify(support[0].flatten(1, 2).double(), query[0].double(), 10, "unit")
     torch.testing.assert_close(probabilities[0].double(), expected, atol=1e-3, rtol=0)
 
@@ -108,9 +108,9 @@ def test_sample_posterior():
     g = torch.Generator().manual_seed(6)
     mean, log_var = torch.randn(2, 5, 3, generator=g, dtype=torch.float64).unbind(0)
     noise = torch.randn(5, 4, 3, generator=g, dtype=torch.float64)
-    z = model.sample_posterior(mean, log_var, noise)
+    z = mixture.sample_posterior(mean, log_var, noise)
     torch.testing.assert_close(z, mean.unsqueeze(1) + (0.5 * log_var).exp().unsqueeze(1) * noise)
-    torch.testing.assert_close(model.log_posterior(log_var, noise), plain.log_posterior(z, mean, log_var))
+    torch.testing.assert_close(mixture.log_posterior(log_var, noise), plain.log_posterior(z, mean, log_var))
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,23 +120,23 @@ def test_likelihood_never_falls(seed, N, D, K, scale):
     z = scale * torch.randn(1, N, D, generator=g, dtype=torch.float64)
     before = -float("inf")
     for iters in range(8):
-        pi, mu = model.fit_prior(z.unsqueeze(2), K, iters, generator=torch.Generator().manual_seed(seed))
-        after = model.log_prior(z, pi, mu).sum().item()
+        pi, mu = mixture.fit_prior(z.unsqueeze(2), K, iters, generator=torch.Generator().manual_seed(seed))
+        after = mixture.log_prior(z, pi, mu).sum().item()
         assert after >= before - 1e-6 * abs(after)
         torch.testing.assert_close(pi.sum(), torch.tensor(1.0, dtype=z.dtype))
         before = after
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e4])
-@pytest.mark.parametrize("reading", ["unit", "learned", "hard"])
+@pytest.mark.parametrize("reading", ["unit", "learned", "tied", "hard"])
 def test_degenerate_sets_stay_finite(scale, reading):
     """Identical points, tiny and huge spreads, components that lose every sample."""
     g = torch.Generator().manual_seed(8)
     z = scale * torch.randn(2, 50, 4, generator=g)
-    pi, mu = model.fit_prior(z.unflatten(1, (10, 5)), 5, 20, generator=g)
-    assert mu.isfinite().all() and pi.isfinite().all() and model.log_prior(z, pi, mu).isfinite().all()
+    pi, mu = mixture.fit_prior(z.unflatten(1, (10, 5)), 5, 20, generator=g)
+    assert mu.isfinite().all() and pi.isfinite().all() and mixture.log_prior(z, pi, mu).isfinite().all()
     support, query = z[:, :12].view(2, 3, 2, 2, 4), z[:, 12:48].view(2, 12, 3, 4)
-    probabilities = model.classify(support, query, 10, reading)
+    probabilities = mixture.classify(support, query, 10, reading)
     assert probabilities.isfinite().all()
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 12))
 
@@ -144,13 +144,13 @@ def test_degenerate_sets_stay_finite(scale, reading):
 def test_empty_component_keeps_its_mean():
     z = torch.zeros(1, 10, 2)
     mu = torch.tensor([[[0.0, 0.0], [1e6, 1e6]]])
-    resp = model.e_step(z, torch.tensor([[0.5, 0.5]]), mu)
-    pi, new = model.m_step(z, resp, mu)
+    resp = mixture.e_step(z, torch.tensor([[0.5, 0.5]]), mu)
+    pi, new = mixture.m_step(z, resp, mu)
     assert new.equal(mu) and pi.tolist() == [[1.0, 0.0]]
-    assert model.e_step(z, pi, new).isfinite().all()  # log pi = log 0 is kept finite
+    assert mixture.e_step(z, pi, new).isfinite().all()  # log pi = log 0 is kept finite
 
 
 def test_gradient_of_log_prior_with_an_empty_component():
     z = torch.randn(1, 6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    model.log_prior(z, torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2, 2)).sum().backward()
+    mixture.log_prior(z, torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2, 2)).sum().backward()
     torch.testing.assert_close(z.grad, -z.detach())

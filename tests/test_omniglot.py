@@ -9,7 +9,9 @@ import plain
 from conftest import load
 
 model = load("omniglot", "model")
+layers = load("omniglot", "layers")
 main = load("omniglot", "main")
+evaluate = load("omniglot", "evaluate")
 dataloader = load("omniglot", "dataloader")
 
 
@@ -52,14 +54,18 @@ def test_loss_terms_and_their_gradients(network, fix_pi, in_float64):
     ours, oracle = copy.deepcopy(network).double().train(), plain.ImageGMVAE(hidden_size=8, latent_size=6)
     oracle.load_state_dict(ours.state_dict())
     x = torch.rand(B, M, 28, 28, 1)
-    terms = model.loss_terms(ours, x, S, K, iters, fix_pi, torch.Generator().manual_seed(3))
-    g = torch.Generator().manual_seed(3)  # the draws of loss_terms again, in its order
+    terms = ours(x, S, K, iters, fix_pi, torch.Generator().manual_seed(3))
+    g = torch.Generator().manual_seed(3)  # the draws of forward again, in its order
     noise, first = torch.randn(B, M, S, 6, generator=g), plain.starting_samples(torch.rand(B, M, S, generator=g), K)
     expected = plain.loss_terms(oracle, x, noise, first, iters, fix_pi)
     torch.testing.assert_close(terms, expected)
+    trained = [name for name, p in ours.named_parameters() if p.requires_grad]
+    unused = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     for term, other in zip(terms, expected):
-        gradient = torch.autograd.grad(term, list(ours.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True)
-        theirs = torch.autograd.grad(other, list(oracle.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        gradient, theirs = (
+            torch.autograd.grad(value, [network.get_parameter(name) for name in trained], **unused)
+            for value, network in ((term, ours), (other, oracle))
+        )
         torch.testing.assert_close(gradient, theirs, atol=1e-8, rtol=1e-6)
     for name, buffer in oracle.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], buffer)  # batch norm saw the same
@@ -73,10 +79,10 @@ def test_predictions_against_the_equations(network, shot, reading):
     oracle.load_state_dict(ours.state_dict())
     images = torch.rand(6, 8, 28, 28, 1, generator=torch.Generator().manual_seed(1))
     episodes = dataloader.draw_episodes(images, 4, shot, 5, 7, seed=0)
-    accuracy = main.evaluate(ours, main.encode_all(ours, images), episodes, shot, 5, 10, reading)
+    accuracy = evaluate.evaluate(ours, evaluate.encode_all(ours, images), episodes, shot, 5, 10, reading)
     g = torch.Generator().manual_seed(0)  # the draws of evaluate again
-    pool = torch.randn(main.NOISE_POOL, 5, 6, generator=g)
-    noise = pool[torch.randint(main.NOISE_POOL, (7, 4 * (shot + 5)), generator=g)].unflatten(1, (4, shot + 5))
+    pool = torch.randn(evaluate.NOISE_POOL, 5, 6, generator=g)
+    noise = pool[torch.randint(evaluate.NOISE_POOL, (7, 4 * (shot + 5)), generator=g)].unflatten(1, (4, shot + 5))
     with torch.no_grad():
         probabilities = plain.predict_episodes(oracle, images.flatten(0, 1)[episodes], shot, noise, 10, reading)
     right = probabilities.argmax(-1).view(7, 4, 5) == torch.arange(4).view(4, 1)
@@ -105,7 +111,7 @@ def test_without_set_attention_every_image_is_alone(network):
 )
 def test_a_transposed_convolution(channels, kernel, height, width):
     """Written as matrix products to one channel and from 2x2 pixels, a library's elsewhere."""
-    layer = model.ConvTranspose(5, channels, kernel).double()
+    layer = layers.ConvTranspose(5, channels, kernel).double()
     x = torch.randn(3, 5, height, width, dtype=torch.float64, requires_grad=True)
     found, expected = layer(x), torch.nn.functional.conv_transpose2d(x, layer.weight, layer.bias, stride=2, padding=1)
     torch.testing.assert_close(found, expected)
@@ -114,20 +120,61 @@ def test_a_transposed_convolution(channels, kernel, height, width):
         torch.testing.assert_close(a, b)
 
 
-def test_batch_norm_takes_the_bias_over():
-    """In training, where only the running mean sees it, in evaluation, and in a copy, whose convolution is the copy's."""
+def test_a_bias_before_batch_norm_is_frozen_at_zero():
+    """It changes nothing: a block with a bias of any size gives the same, and its gradient is zero."""
     block = torch.nn.Sequential(*model.up_block(3, 4)).double()
     exact = torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, 4, 2, 1), torch.nn.BatchNorm2d(3), torch.nn.ReLU()).double()
     exact.load_state_dict(block.state_dict())
-    for _ in range(2):
-        x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
-        torch.testing.assert_close(block(x), exact(x))
-        torch.testing.assert_close(dict(block.state_dict()), dict(exact.state_dict()))
-    for network in (block, copy.deepcopy(block)):
-        with torch.no_grad():
-            for layer in (network[0], exact[0]):
-                layer.bias.fill_(2)
-        torch.testing.assert_close(network.eval()(x), exact.eval()(x))
+    torch.nn.init.constant_(exact[0].bias, 2)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    found, expected = block(x), exact(x)
+    torch.testing.assert_close(found, expected)
+    expected.square().sum().backward()
+    torch.testing.assert_close(exact[0].bias.grad, torch.zeros(3, dtype=torch.float64))
+    frozen = {name for name, p in model.GMVAE(8, 6).named_parameters() if not p.requires_grad}
+    assert frozen == {*(f"encoder.{i}.conv.bias" for i in range(4)), "decoder.7.bias", "decoder.10.bias", "decoder.13.bias"}
+    assert not any(model.GMVAE(8, 6).get_parameter(name).any() for name in frozen)
+
+
+def test_decoding_a_part_of_the_samples_is_unbiased(network, in_float64, monkeypatch):
+    """Over many draws the gradient averages to that of all samples; batch norm in evaluation mode."""
+    ours, x = copy.deepcopy(network).double().eval(), torch.rand(1, 6, 28, 28, 1)
+    noise = torch.randn(1, 6, 4, 6)
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: noise)  # the same samples every time
+
+    def terms(seed, decoded):
+        reconstruction, kl = ours(x, 4, 3, 2, generator=torch.Generator().manual_seed(seed), decoded=decoded)
+        return reconstruction, torch.autograd.grad(reconstruction, ours.decoder[0].weight)[0], kl
+
+    whole, gradient, kl = terms(0, None)
+    assert terms(0, 1)[2] == kl  # which keeps all samples
+    values, gradients, _ = (torch.stack(part) for part in zip(*(terms(seed, 1) for seed in range(400))))
+    assert values.std() > 0 and abs(values.mean() - whole) < 4 * values.std() / 20
+    errors = (gradients.mean(0) - gradient) / (gradients.std(0) / 20)  # in standard errors: about N(0, 1)
+    assert errors.square().mean() < 1.6
+
+
+def test_decoding_all_samples_is_the_same_to_the_bit(network):
+    x = torch.rand(2, 6, 28, 28, 1)
+    first, second = (network.train()(x, 3, 2, 2, generator=torch.Generator().manual_seed(0), decoded=n) for n in (None, 3))
+    assert all(a.equal(b) for a, b in zip(first, second))
+
+
+def test_predict_is_what_the_evaluation_does(network):
+    """A user's call from images against the equations, on the same noise; em_iters=0 looks at support means alone."""
+    network, g = network.eval(), torch.Generator().manual_seed(3)
+    support, query = torch.rand(4, 2, 28, 28, 1, generator=g), torch.rand(9, 28, 28, 1, generator=g)
+    found = network.predict(support, query, samples=5, em_iters=10, seed=7)
+    assert found.shape == (9, 4)
+    noise = torch.randn(17, 5, 6, generator=torch.Generator().manual_seed(7))
+    oracle = plain.ImageGMVAE(hidden_size=8, latent_size=6).eval()
+    oracle.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        mean, log_var = oracle.posterior(torch.cat([support.flatten(0, 1), query])[None])
+        z = (mean.unsqueeze(-2) + (0.5 * log_var).exp().unsqueeze(-2) * noise)[0]
+        expected = plain.classify(z[:8].view(4, 10, 6), z[8:], 10, "unit")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert not torch.allclose(found, network.predict(support, query, samples=5, em_iters=0, seed=7))
 
 
 def test_pooling_before_relu_is_the_same_block():
@@ -161,25 +208,25 @@ def test_a_five_way_model_is_tested_at_any_way(network):
     features, images = distinct_features(), torch.zeros(25, 20, 1)
     for way in (2, 20):
         episodes = dataloader.draw_episodes(images, way, 1, 5, 6, seed=0)
-        accuracy = main.evaluate(network, features, episodes, 1, 4, 5)
+        accuracy = evaluate.evaluate(network, features, episodes, 1, 4, 5)
         assert accuracy.shape == (6,) and ((0 <= accuracy) & (accuracy <= 100)).all()
 
 
 def test_an_episode_scores_the_same_alone_and_among_others(network):
     features, images = distinct_features(), torch.zeros(25, 20, 1)
     episodes = dataloader.draw_episodes(images, 5, 1, 15, 24, seed=0)
-    together = main.evaluate(network, features, episodes, 1, 8, 5)
+    together = evaluate.evaluate(network, features, episodes, 1, 8, 5)
     assert together.unique().numel() > 1
-    torch.testing.assert_close(main.evaluate(network, features, episodes[:1], 1, 8, 5), together[:1])
+    torch.testing.assert_close(evaluate.evaluate(network, features, episodes[:1], 1, 8, 5), together[:1])
 
 
 def episode_predictions(network, h, way, shot, noise):
     """Predicted probabilities of an episode from features h (way, shot + query, width) and fixed noise."""
     members = h.shape[1]
     mean, log_var = network.posterior(h.flatten(0, 1).unsqueeze(0))
-    z = model.sample_posterior(mean, log_var, noise.flatten(0, 1).unsqueeze(0))
+    z = load("omniglot", "mixture").sample_posterior(mean, log_var, noise.flatten(0, 1).unsqueeze(0))
     z = z.unflatten(1, (way, members))
-    return model.classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), 10)[0].unflatten(0, (way, members - shot))
+    return load("omniglot", "mixture").classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), 10)[0].unflatten(0, (way, members - shot))
 
 
 @torch.no_grad()

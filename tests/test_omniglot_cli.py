@@ -319,7 +319,7 @@ def test_an_interrupted_test_leaves_no_numbers_of_another(whole_run, glyphs_dir,
     folder, _, _ = whole_run
     flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "eval", "--eval-only", "--checkpoint", folder, "--eval-episodes", 2]
     assert run("omniglot", *flags).returncode == 0 and (tmp_path / "eval/test.json").exists()
-    interrupted = "import main\ndef stop(*args): raise KeyboardInterrupt\nmain.evaluate = stop\nmain.main()"
+    interrupted = "import evaluate, main\ndef stop(*args): raise KeyboardInterrupt\nevaluate.evaluate = stop\nmain.main()"
     assert run("omniglot", interrupted, *flags, "--e-step", "learned", script="-c").returncode == 130
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"config.json"}
 
