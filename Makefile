@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test table mini
+.PHONY: demo test table omniglot mini
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: Python %d.%d found, 3.10 or newer expected" % sys.version_info[:2])'
@@ -22,14 +22,19 @@ test: .venv/test
 table:
 	$(PYTHON) results/table.py
 
-# The fast recipe in small, on the stand-in data set.
+# Our recipe in small, on the stand-in data set.
 demo: .venv/run
 	"$(BIN)/python" data/glyphs/prepare.py
 	rm -rf $(DEMO)
 	cd omniglot && "$(BIN)/python" main.py --data-dir ../data/glyphs --save-dir ../$(DEMO) --device cpu --sample-size 100 \
 	    --train-mc-sample-size 1 --train-iters 400 --freq-iters 100 --kl-warmup-iters 200 --kl-weight 0.1 --lr-schedule cosine \
-	    --ema-decay 0.97 --eval-episodes 300
+	    --ema-decay 0.97 --eval-episodes 300 --target canonical --warp affine
 	cd omniglot && "$(BIN)/python" figures.py --checkpoint ../$(DEMO)/5shot_best.pt --data-dir ../data/glyphs
+
+# Omniglot, the whole chain: download (or `make omniglot SOURCE=folder` with the two official zips), train, test. Run again, it continues.
+omniglot: .venv/run
+	test -f data/omniglot/train.npy || "$(BIN)/python" data/omniglot/prepare.py $(if $(SOURCE),--source "$(SOURCE)")
+	cd omniglot && "$(BIN)/python" main.py @recipes/canonical.txt --save-dir ../runs/omniglot --resume
 
 # Mini-ImageNet, the whole chain: `make mini SOURCE=folder` with images (or zips of them) and the three CSVs. Run again, it continues.
 # FAST=1: SimCLR with fewer epochs, smaller batches and views, and Meta-GMVAE with fewer samples, for a CPU.

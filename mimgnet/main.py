@@ -98,6 +98,9 @@ def parse_args(argv=None):
     if args.debug:
         args.train_iters, args.freq_iters, args.eval_episodes = 4, 2, 10
         args.train_mc_sample_size = args.test_mc_sample_size = 2
+    if args.decode_samples and args.decode_samples > args.train_mc_sample_size:
+        expected = f"at most --train-mc-sample-size {args.train_mc_sample_size} expected"
+        p.error(f"--decode-samples: {args.decode_samples} found, {expected}")
     if not args.eval_only:
         args.test_way = args.test_way or [args.way]
     return args

@@ -17,7 +17,8 @@ import torch
 from dataloader import as_float, check_episodes, draw_episodes, load_split
 from mixture import adapt, sample_posterior
 from model import GMVAE
-from runtime import HERE, Parser, UserError, load_model, number, one_line_errors, write_atomically
+from pose import canonical, pose, put_back
+from runtime import HERE, Parser, UserError, load_model, number, one_line_errors, read_config, write_atomically
 
 COLOURS = plt.get_cmap("tab10").colors
 
@@ -62,15 +63,29 @@ def save(figure, path):
 
 
 @torch.no_grad()
-def components(model, x, mu, var, path, columns=8, seed=0):
-    """Real drawings of each class (left) beside drawings decoded from z ~ N(mu_k, var_k) of its fitted component (right)."""
+def components(model, x, mu, var, path, shape=None, columns=8, seed=0):
+    """Draw each class's real images beside images decoded from z ~ N(mu_k, var_k) of its fitted component.
+
+    x (way, members, 28, 28). With `shape`, of a model that decodes canonical drawings (--target-shape): the real ones
+    without their pose too, and the decoded ones put back in the pose of the real ones.
+    """
+    columns = min(columns, x.shape[1])
     noise = torch.randn(len(mu), columns, mu.shape[1], generator=torch.Generator().manual_seed(seed))
     z = mu.unsqueeze(1) + var.sqrt().unsqueeze(1) * noise
-    drawn = model.decode(z.flatten(0, 1)).sigmoid().view(len(mu), columns, 28, 28)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.62 * len(mu) + 0.6))
-    for axis, rows, title in zip(axes, (x[:, :columns], drawn), ("real drawings of the episode", "generated from each component")):
+    real, drawn = x[:, :columns].reshape(-1, 28, 28, 1), model.decode(z.flatten(0, 1)).sigmoid()
+    panels = {"real drawings of the episode": real, "generated from each component": drawn}
+    if shape is not None:
+        poses = pose(real, shape)
+        panels = {
+            "real drawings of the episode": real, "without their pose": canonical(real, poses),
+            "generated from each component": drawn, "in the pose of the real ones": put_back(drawn, poses),
+        }  # fmt: skip
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 0.62 * len(mu) + 0.6))
+    ticks = {"yticks": [14 + 28 * k for k in range(len(mu))], "yticklabels": [f"class {k + 1}" for k in range(len(mu))]}
+    for axis, (title, images) in zip(axes, panels.items()):
+        rows = images.view(len(mu), columns, 28, 28)
         axis.imshow(1 - rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1), cmap="gray", vmin=0, vmax=1)
-        axis.set(title=title, xticks=[], yticks=[14 + 28 * k for k in range(len(mu))], yticklabels=[f"class {k + 1}" for k in range(len(mu))])
+        axis.set(title=title, xticks=[], **ticks)
     save(figure, path)
 
 
@@ -115,7 +130,9 @@ def main():
         check_episodes(args.data_dir, "test", images, [args.way], [args.shot], args.query)
         args.out.mkdir(parents=True, exist_ok=True)
         x, mean, before, mu, var = fit_episode(model, images, args)
-        components(model, x, mu, var, args.out / "components.png")
+        trained = (read_config(args.checkpoint.parent) or {"args": {}})["args"]
+        shape = trained.get("target_shape") if trained.get("target") == "canonical" else None
+        components(model, x, mu, var, args.out / "components.png", shape)
         latents(mean, before, mu, args.out / "latents.png")
         metrics = args.checkpoint.parent / "metrics.jsonl"
         if metrics.exists() and metrics.stat().st_size:  # empty before the first validation
