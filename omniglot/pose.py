@@ -1,7 +1,11 @@
-"""Where, how large and how slanted a character was drawn: its pose, taken out of a drawing and put back (ours, not the
-paper's).
+"""The pose of a drawing: where, how large and how slanted it is; images without it; random warps.
 
-Coordinates u are in [-1, 1]^2, x to the right and y down, at the centres of pixels. Images are (N, H, W, 1), ink = 1.
+Ours, not the paper's: the decoder draws a character without its pose, see the README. The differences of pose
+lie within a class, so a latent variable that need not carry them tells the classes apart better.
+
+A point u = (x, y) lies in [-1, 1]^2, x to the right and y down; pixel i of W is centred at (2i + 1) / W - 1.
+A pose is measured and applied in float32 and without matrix products: neither autocast nor TF32
+makes it coarser.
 """
 
 import math
@@ -9,74 +13,104 @@ import math
 import torch
 import torch.nn.functional as F
 
-SOFT = 2e-3  # added to the covariance: a dot has an extent too
-SIZE, SMALLEST = 0.55, 0.15  # of a canonical drawing, and of the smallest that is magnified
-ROTATION, SCALE, SHEAR, SHIFT = math.radians(15), 0.2, 0.2, 0.2  # most that `warp` draws: radians, log, share, half-widths
-BEND, KNOTS = 0.08, 5  # standard deviation of an elastic warp's displacements, and their grid
-
-
-def pixel_centres(x):
-    """Return the coordinates u of the pixels of x (N, H, W, 1) -> (H, W, 2)."""
-    v, u = ((2 * torch.arange(n, device=x.device) + 1) / n - 1 for n in x.shape[1:3])
-    return torch.stack(torch.meshgrid(u, v, indexing="xy"), -1)
-
 
 def pose(x, shape=0.25):
-    """Measure the pose of drawings by the moments of their ink: x (N, H, W, 1) -> centre c (N, 2), matrix r W (N, 2, 2).
+    """Measure the pose of each image by the moments of its ink (ours, not the paper's; see the README).
 
-    r is the size, W = (C / mean eigenvalue)^shape the share of slant and aspect: with shape 0 none (W = I), with 1/2 all.
-    Without ink: centre 0.
+    x (..., H, W, 1) in [0, 1], ink 1 -> centre c (..., 2) in [-1, 1], matrix M = r W (..., 2, 2), symmetric.
+    Size r: the root of the trace of the covariance C, from 0.15 to 1, over 0.55.
+    Shape W = (C / mean eigenvalue)^shape: with 0 the identity (position and size only); 0.25 takes out half
+    of the slant and aspect, 0.5 all of it.
+    An empty image has centre 0 and the smallest size.
     """
-    u = pixel_centres(x).flatten(0, 1)  # (pixels, 2)
-    ink = x.flatten(1).float()
-    ink = ink / ink.sum(1, keepdim=True).clamp_min(1e-6)
-    c = ink @ u
-    second = (ink @ torch.stack([u[:, 0] ** 2, u[:, 0] * u[:, 1], u[:, 1] ** 2], -1)).unbind(1)
-    xx, xy, yy = second[0] - c[:, 0] ** 2 + SOFT, second[1] - c[:, 0] * c[:, 1], second[2] - c[:, 1] ** 2 + SOFT
-    size = (xx + yy).sqrt().clamp(SMALLEST, 1) / SIZE
-    # C / mean eigenvalue = I + T with eigenvalues 1 +- e; its power is even(e) I + odd(e) / e T.
-    mean = (xx + yy) / 2
-    trace_free = torch.stack([(xx - yy) / 2, xy, xy, (yy - xx) / 2], -1).view(-1, 2, 2) / mean.view(-1, 1, 1)
-    e = trace_free[:, 0].norm(dim=-1).clamp(1e-6, 1 - 1e-6)
-    high, low = (1 + e) ** shape, (1 - e) ** shape
+    ink = x[..., 0].float()  # (..., H, W)
+    height, width = ink.shape[-2:]
+    mass = ink.sum((-2, -1)).clamp(min=1e-6)  # one pixel of 1/255 is still a drawing
+    columns, rows = ink.sum(-2), ink.sum(-1)  # (..., W), (..., H)
+    u, v = _centres(width, x.device), _centres(height, x.device)
+    centre = torch.stack([(columns * u).sum(-1), (rows * v).sum(-1)], -1) / mass.unsqueeze(-1)
+    u, v = u - centre[..., :1], v - centre[..., 1:]  # before squaring, or float32 cancels
+    xx, yy = (columns * u.square()).sum(-1) / mass + 2e-3, (rows * v.square()).sum(-1) / mass + 2e-3
+    xy = ((ink * u.unsqueeze(-2)).sum(-1) * v).sum(-1) / mass
+
+    # A symmetric C = mean (I + spread D), where D = [[cos, sin], [sin, -cos]] has the eigenvalues 1 and -1.
+    # So (C / mean)^p = even I + odd D: no eigenvectors to find, no trouble where the eigenvalues are equal.
+    mean, half = (xx + yy) / 2, (xx - yy) / 2
+    length = (half.square() + xy.square()).sqrt()
+    cos, sin = half / length.clamp(min=1e-12), xy / length.clamp(min=1e-12)
+    high, low = (1 + length / mean) ** shape, ((xx * yy - xy.square()) / (mean * (mean + length))) ** shape
     even, odd = (high + low) / 2, (high - low) / 2
-    W = even.view(-1, 1, 1) * torch.eye(2, device=x.device) + (odd / e).view(-1, 1, 1) * trace_free
-    return c, size.view(-1, 1, 1) * W
-
-
-def sample(x, grid):
-    """Read x (N, H, W, 1) at grid (N, H, W, 2), bilinear, zero outside."""
-    return F.grid_sample(x.permute(0, 3, 1, 2).float(), grid, align_corners=False).permute(0, 2, 3, 1)
+    matrix = torch.stack([even + odd * cos, odd * sin, odd * sin, even - odd * cos], -1).unflatten(-1, (2, 2))
+    size = (xx + yy).sqrt().clamp(0.15, 1) / 0.55
+    return centre, size[..., None, None] * matrix
 
 
 def canonical(x, pose):
-    """Draw x (N, H, W, 1) without its pose: t(u) = x(c + r W u)."""
-    c, matrix = pose
-    return sample(x, pixel_centres(x) @ matrix.mT.unsqueeze(1) + c.view(-1, 1, 1, 2))
+    """Draw each image without its pose, the decoder's target: t(u) = x(c + M u) (ours, not the paper's).
+
+    x (..., H, W, 1) in [0, 1], pose (c, M) as `pose` measures it -> t of x's shape, float32 in [0, 1];
+    bilinear, zero outside x.
+    """
+    centre, matrix = pose
+    return _sample(x, _grid(x, matrix, centre))
 
 
 def put_back(t, pose):
-    """Draw canonical images t (N, H, W, 1) back in their place: the inverse of `canonical`, but for what fell outside."""
-    c, matrix = pose
-    inverse = torch.linalg.inv(matrix)
-    return sample(t, (pixel_centres(t) - c.view(-1, 1, 1, 2)) @ inverse.mT.unsqueeze(1))
+    """Draw each canonical image in its place, the inverse of `canonical`: x(u) = t(M^-1 (u - c)).
 
-
-def warp(x, kind, generator=None):
-    """Warp every image at random: x (N, H, W, 1) -> the same; one draw an image, from `generator` on x's device.
-
-    "affine": rotation, scale of each axis, shear and shift, uniform; "elastic": also smooth displacements.
+    t (..., H, W, 1) in [0, 1], pose (c, M) -> x of t's shape, float32 in [0, 1]; bilinear, zero outside t.
     """
-    N = len(x)
-    draw = 2 * torch.rand(N, 6, device=x.device, generator=generator) - 1  # in [-1, 1)
-    angle, shear, shift = ROTATION * draw[:, 0], SHEAR * draw[:, 3], SHIFT * draw[:, 4:]
-    scale = (SCALE * draw[:, 1:3]).exp()
-    cos, sin, one, zero = angle.cos(), angle.sin(), torch.ones_like(angle), torch.zeros_like(angle)
-    rotation = torch.stack([cos, -sin, sin, cos], -1).view(N, 2, 2)
-    matrix = rotation @ torch.stack([one, shear, zero, one], -1).view(N, 2, 2) * scale.unsqueeze(1)
-    grid = pixel_centres(x) @ matrix.mT.unsqueeze(1) + shift.view(N, 1, 1, 2)
-    if kind == "elastic":
-        bend = BEND * torch.randn(N, 2, KNOTS, KNOTS, device=x.device, generator=generator)
-        bend = F.interpolate(bend, x.shape[1:3], mode="bicubic", align_corners=True)
-        grid = grid + bend.permute(0, 2, 3, 1)
-    return sample(x, grid)
+    centre, matrix = pose
+    inverse = torch.linalg.inv_ex(matrix).inverse  # M is never singular, so a GPU need not wait for the check
+    return _sample(t, _grid(t, inverse, -(inverse * centre.unsqueeze(-2)).sum(-1)))
+
+
+def warp(x, strength, generator=None):
+    """Warp each image at random, the encoder's input in training: x(A u + s + d(u)) (ours, not the paper's).
+
+    x (..., H, W, 1) in [0, 1] -> x's shape, float32 in [0, 1]; bilinear, zero outside x. Drawn for each image
+    from `generator`, on x's device. `strength` "affine": A = rotation * shear * scale, by up to 15 degrees,
+    0.2 and e^0.2 an axis, either way, and a shift s of up to 0.2, all uniform. "elastic": also a smooth
+    displacement d, bicubic between 5 x 5 points of N(0, 0.08^2). Raises ValueError for another strength.
+    """
+    if strength not in ("affine", "elastic"):
+        raise ValueError(f"warp strength {strength!r}, expected 'affine' or 'elastic'")
+    batch, (height, width) = x.shape[:-3], x.shape[-3:-1]
+    draw = torch.rand(*batch, 6, device=x.device, generator=generator) * 2 - 1
+    turn, shear, wide, tall = (draw[..., :4]).unbind(-1)
+    cos, sin = (turn * math.radians(15)).cos(), (turn * math.radians(15)).sin()
+    shear, wide, tall = 0.2 * shear, (0.2 * wide).exp(), (0.2 * tall).exp()
+    matrix = [wide * cos, tall * (shear * cos - sin), wide * sin, tall * (shear * sin + cos)]
+    grid = _grid(x, torch.stack(matrix, -1).unflatten(-1, (2, 2)), 0.2 * draw[..., 4:])
+    if strength == "elastic":
+        knots = 0.08 * torch.randn(*batch, 2, 5, 5, device=x.device, generator=generator)
+        with torch.autocast(x.device.type, enabled=False):  # two products are faster than F.interpolate
+            field = _bicubic(height, x.device) @ knots @ _bicubic(width, x.device).mT  # (..., 2, H, W)
+        grid = grid + torch.stack(field.unbind(-3), -1)
+    return _sample(x, grid)
+
+
+def _centres(count, device):
+    """The coordinates of `count` pixel centres in [-1, 1]."""
+    return (2 * torch.arange(count, device=device, dtype=torch.float32) + 1) / count - 1
+
+
+def _bicubic(count, device):
+    """The matrix (count, 5) that draws `count` points through 5, as F.interpolate with aligned corners."""
+    identity = torch.eye(5, device=device)[None, None]
+    return F.interpolate(identity, (count, 5), mode="bicubic", align_corners=True)[0, 0]
+
+
+def _grid(x, matrix, shift):
+    """The points A u + s for the pixels u of x (..., H, W, 1): (..., H, W, 2), a row plus a column."""
+    height, width = x.shape[-3:-1]
+    across = _centres(width, x.device)[:, None] * matrix[..., None, :, 0]  # (..., W, 2)
+    down = _centres(height, x.device)[:, None] * matrix[..., None, :, 1] + shift.unsqueeze(-2)  # (..., H, 2)
+    return across.unsqueeze(-3) + down.unsqueeze(-2)
+
+
+def _sample(x, grid):
+    """The images x (..., H, W, 1) at the points grid (..., H, W, 2)."""
+    images = x.float().reshape(-1, 1, *x.shape[-3:-1])
+    points = grid.reshape(-1, *grid.shape[-3:])
+    return F.grid_sample(images, points, padding_mode="zeros", align_corners=False).view(x.shape)
