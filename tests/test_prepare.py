@@ -200,6 +200,33 @@ def test_the_thinnest_stroke_survives_as_grey(at, horizontal):
     assert abs(image.mean(1).argmax() + 0.5 - (at + 0.5) * 28 / 105) < 1
 
 
+def saved(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_transparent_and_deep_drawings_mean_what_they_show():
+    """Black ink on a transparent ground, 16 bits of grey, and a drawing stored on its side."""
+    expected = omniglot.read_drawing(drawing(77), "one")
+    paper = np.asarray(Image.open(io.BytesIO(drawing(77))))
+    clear = Image.new("LA", (105, 105), (0, 0))
+    clear.putalpha(Image.fromarray(np.uint8(255) * ~paper))
+    palette = Image.fromarray(paper.astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0] * 256)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    images = {
+        "LA": saved(clear),
+        "RGBA": saved(clear.convert("RGBA")),
+        "P": saved(palette, transparency=1),
+        "16 bits": saved(Image.fromarray(paper.astype(np.uint16) * 65535)),
+        "on its side": saved(Image.fromarray(np.rot90(paper.astype(np.uint8) * 255).copy()), exif=exif),
+    }
+    for name, content in images.items():
+        assert np.array_equal(omniglot.read_drawing(content, name), expected), name
+
+
 # --- Omniglot: what is refused --------------------------------------------------------------------
 
 

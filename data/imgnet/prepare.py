@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 SPLITS = {"train": 38400, "val": 9600, "test": 12000}  # Mini-ImageNet's own counts
@@ -111,6 +111,38 @@ def find_images(source):
     return found, problems
 
 
+# EXIF's orientation -> what turns the picture upright
+UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
+
+
+def plain(image):
+    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
+
+    Raises ValueError where the mode's range does not hold the values.
+    """
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
+        turn = None
+    if image.mode == "F" or image.mode.startswith("I"):  # grey beyond 8 bits: the mode says the range, not the values
+        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= top):
+            raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}, 0 to {top:g} expected")
+        if isinstance(image.info.get("transparency"), int):
+            values[values == image.info["transparency"]] = top
+        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    elif image.has_transparency_data:
+        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink alone goes on black.
+        image = image.convert("RGBA")
+        for ground in ("white", "black"):
+            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+            if any(low < high for low, high in flat.getextrema()):
+                break
+        image = flat
+    return image if turn is None else image.transpose(turn)
+
+
 @lru_cache
 def open_zip(path):
     return zipfile.ZipFile(path)
@@ -121,7 +153,7 @@ def decode(place):
     archive, path = place
     try:
         data = open_zip(archive).read(path) if archive else Path(path).read_bytes()
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = plain(Image.open(io.BytesIO(data))).convert("RGB")
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # antialiased by Pillow, as torchvision's Resize
         return np.asarray(image)

@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 ARCHIVES = {"images_background": 964, "images_evaluation": 659}  # characters in each
@@ -74,6 +74,38 @@ def open_archive(source, name):
     return characters
 
 
+# EXIF's orientation -> what turns the picture upright
+UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
+
+
+def plain(image):
+    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
+
+    Raises ValueError where the mode's range does not hold the values.
+    """
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
+        turn = None
+    if image.mode == "F" or image.mode.startswith("I"):  # grey beyond 8 bits: the mode says the range, not the values
+        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= top):
+            raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}, 0 to {top:g} expected")
+        if isinstance(image.info.get("transparency"), int):
+            values[values == image.info["transparency"]] = top
+        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    elif image.has_transparency_data:
+        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink alone goes on black.
+        image = image.convert("RGBA")
+        for ground in ("white", "black"):
+            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+            if any(low < high for low, high in flat.getextrema()):
+                break
+        image = flat
+    return image if turn is None else image.transpose(turn)
+
+
 def read_drawing(png, name):
     """One 1-bit PNG -> (28, 28) uint8, ink 255 on 0.
 
@@ -82,7 +114,7 @@ def read_drawing(png, name):
     try:
         image = Image.open(io.BytesIO(png), formats=["PNG"])
         if image.size == (105, 105):
-            image = image.convert("L")
+            image = plain(image).convert("L")
     except Exception as error:  # Pillow raises many kinds for a damaged image
         raise SourceError(f"{name}: not a readable PNG ({error})") from None
     if image.size != (105, 105):
