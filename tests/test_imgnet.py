@@ -165,6 +165,122 @@ def test_only_mini_imagenet_is_held_to_its_counts():
     assert len(problems) == 3 and "38336 images found, Mini-ImageNet's 38400 expected" in problems[0]
 
 
+# --- where a picture lies -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """A data set of loose files and the arrays made from it."""
+    folder = tmp_path_factory.mktemp("right")
+    make_source(folder / "source")
+    assert prepare(folder / "source", folder / "out").returncode == 0
+    return folder
+
+
+def equal(one, other):
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in ARRAYS)
+
+
+def pack(source, archive, name, keep=False, content=None):
+    """Moves the loose images into a zip, each at name(path)."""
+    with zipfile.ZipFile(source / archive, "a") as file:
+        for path in sorted((source / "images").iterdir()):
+            file.writestr(name(path), path.read_bytes() if content is None else content)
+            if not keep:
+                path.unlink()
+
+
+def rename(source, name):
+    for path in sorted((source / "images").iterdir()):
+        new = source / "images" / name(path)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(new)
+
+
+def rename_rows(source, name):
+    for split in COUNTS:
+        rows = list(csv.reader((source / f"{split}.csv").read_text().splitlines()))[1:]
+        write_csv(source, split, [(name(filename), label) for filename, label in rows])
+
+
+def linked(source):
+    rename(source, lambda path: f"../elsewhere/{path.name}")
+    os.symlink(source / "elsewhere", source / "images/linked")
+    os.symlink(source / "images", source / "elsewhere/loop")
+
+
+LAYOUTS = {
+    "class folders": lambda source: rename(source, lambda path: f"{path.name[:-6]}/{path.name}"),
+    "suffix in capitals": lambda source: rename(source, lambda path: path.stem + ".JPG"),
+    "another suffix": lambda source: rename(source, lambda path: path.stem + ".JPEG"),
+    "a prefix in the CSV": lambda source: rename_rows(source, "images/{}".format),
+    "a link to a folder": linked,
+    "NFD files": lambda source: (rename(source, lambda path: "a\u0308" + path.name), rename_rows(source, "\u00e4{}".format)),
+    "NFC files": lambda source: (rename(source, lambda path: "\u00e4" + path.name), rename_rows(source, "a\u0308{}".format)),
+    "a zip of another folder": lambda source: pack(source, "mini.zip", lambda path: f"mini/{path.name}"),
+    "a zip in capitals": lambda source: pack(source, "IMAGES.ZIP", lambda path: path.name),
+    "two copies": lambda source: (pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True), pack(source, "b.zip", lambda path: path.name)),
+    "masks in the zip": lambda source: (
+        pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True), pack(source, "a.zip", lambda path: f"mask_images/{path.name}", content=b"mask"),
+    ),
+    "masks in a zip beside": lambda source: pack(source, "masks.zip", lambda path: f"masks/{path.name}", True, b"mask"),
+    "images in another word": lambda source: (
+        rename_rows(source, "train_images/{}".format), pack(source, "a.zip", lambda path: f"train_images/{path.name}"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_that_leaves_no_doubt_is_read(layout, right, source, tmp_path):
+    LAYOUTS[layout](source)
+    result = prepare(source, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert equal(tmp_path / "out", right / "out")
+
+
+def test_a_name_of_two_different_files(source, tmp_path):
+    pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True)
+    pack(source, "b.zip", lambda path: f"images/{path.name}", content=jpeg(99))
+    result = prepare(source, tmp_path / "out")
+    fails(result, "train.csv: 24 of 24 names stand for different files", "a.zip: images/train3_0.jpg and ", "b.zip: images/train3_0.jpg")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_does_not_stand_in_for_a_missing_picture(source, tmp_path):
+    for place in ("a.zip", "b.zip"):
+        pack(source, place, lambda path: f"{'images' if place == 'a.zip' else 'masks'}/{path.name}", keep=True)
+    (source / "images/masks").mkdir()
+    (source / "images/train3_0.jpg").rename(source / "images/masks/train3_0.jpg")
+    (source / "a.zip").unlink()
+    fails(prepare(source, tmp_path / "out"), "train.csv: 1 of 24 images missing", "the first: train3_0.jpg")
+
+
+def test_a_name_of_two_pictures_in_subfolders(source, tmp_path):
+    (source / "images/b").mkdir()
+    (source / "images/b/train3_0.jpg").write_bytes(jpeg(99))
+    rename(source, lambda path: f"a/{path.name}" if path.suffix else path.name)
+    fails(prepare(source, tmp_path / "out"), "1 of 24 names stand for different files", "images/a/train3_0.jpg and ", "images/b/train3_0.jpg")
+
+
+def test_a_file_of_two_names(source, tmp_path):
+    rows = list(csv.reader((source / "train.csv").read_text().splitlines()))[1:]
+    (source / "images" / rows[4][0]).unlink()
+    write_csv(source, "train", [*rows[:4], (rows[0][0].replace("jpg", "JPEG"), rows[4][1]), *rows[5:]])
+    fails(prepare(source, tmp_path / "out"), "are one file")
+
+
+def test_what_was_found_is_said(source, tmp_path):
+    (source / "images").rename(source / "processed_images")
+    (source / "images.tar.gz").write_bytes(b"anything")
+    fails(
+        prepare(source, tmp_path / "out"), "24 of 24 images missing", "no file found", "not read: images.tar.gz, processed_images/",
+        "a folder images/ or a .zip expected",
+    )  # fmt: skip
+    (source / "processed_images").rename(source / "images")
+    rename_rows(source, lambda name: "other" + name)
+    fails(prepare(source, tmp_path / "out"), "24 of 24 images missing", "54 files found, such as test0_0.jpg")
+
+
 # --- what a pixel means ---------------------------------------------------------------------------
 
 RAMP = np.linspace(0, 255, 84 * 84).reshape(84, 84).round().astype(np.uint8)
