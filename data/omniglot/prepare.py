@@ -44,30 +44,47 @@ def download(folder):
             raise SourceError(f"{name}.zip: download failed ({error}); fetch it yourself and pass its folder as --source") from None
 
 
+def is_drawing(path):
+    """Say whether a path is a PNG of Alphabet/characterNN/ and not one of the files that macOS adds."""
+    *folders, name = path.split("/")
+    return len(folders) > 1 and name.lower().endswith(".png") and name[:2] != "._" and "__MACOSX" not in folders
+
+
 def open_archive(source, name):
     """The PNGs of one archive: {'Alphabet/characterNN': [bytes of its 20 drawings, in order of file name]}.
 
-    Reads `name`.zip or the folder `name` in `source`. Raises SourceError if it is missing, damaged or incomplete.
+    Reads `name`.zip or the folder `name` in `source`; folders above the alphabets do not count. Raises SourceError if it is missing, damaged or incomplete.
     """
     folder, archive = source / name, source / f"{name}.zip"
-    characters = {}
+    contents = {}
     if archive.is_file():
         try:
             with zipfile.ZipFile(archive) as file:
-                for entry in sorted(file.namelist()):
-                    if entry.endswith(".png") and "__MACOSX" not in entry:
-                        characters.setdefault("/".join(entry.split("/")[-3:-1]), []).append(file.read(entry))
+                for entry in file.namelist():
+                    if is_drawing(entry):
+                        contents[entry] = file.read(entry)
         except Exception as error:  # zipfile raises many kinds for a damaged archive
             raise SourceError(f"{archive}: damaged or truncated ({error}), expected the official zip archive") from None
         where = archive
     elif folder.is_dir():
-        for path in sorted(folder.glob("*/*/*.png")):
-            characters.setdefault(f"{path.parent.parent.name}/{path.parent.name}", []).append(path.read_bytes())
+        for root, _, files in os.walk(folder, followlinks=True):
+            for path in (Path(root, file) for file in files):
+                if is_drawing(path.relative_to(source).as_posix()):
+                    contents[path.relative_to(source).as_posix()] = path.read_bytes()
         where = folder
     else:
-        raise SourceError(f"{source}: found neither {name}.zip nor a folder {name}, expected one of them")
+        there = sorted(path.name for path in source.iterdir()) if source.is_dir() else []
+        there = f"; found: {', '.join(there[:5])}" if there else ""
+        raise SourceError(f"{source}: found neither {name}.zip nor a folder {name}, expected one of them{there}")
+    characters, places = {}, {}
+    for path in sorted(contents):
+        place, character = path.rpartition("/")[0], "/".join(path.split("/")[-3:-1])
+        if places.setdefault(character, place) != place:
+            raise SourceError(f"{where}: {character} found in {places[character]} and in {place}, one expected")
+        characters.setdefault(character, []).append(contents[path])
     if len(characters) != ARCHIVES[name]:
-        raise SourceError(f"{where}: {len(characters)} characters found, {ARCHIVES[name]} expected")
+        first = f" (such as {min(contents)})" if contents else ""
+        raise SourceError(f"{where}: {len(characters)} characters found, {ARCHIVES[name]} expected{first}")
     for character, drawings in characters.items():
         if len(drawings) != DRAWINGS:
             raise SourceError(f"{where}: {character} has {len(drawings)} drawings, {DRAWINGS} expected")
@@ -119,6 +136,12 @@ def read_drawing(png, name):
         raise SourceError(f"{name}: not a readable PNG ({error})") from None
     if image.size != (105, 105):
         raise SourceError(f"{name}: {image.size[0]}x{image.size[1]} pixels found, 105x105 expected")
+    low, high = image.getextrema()
+    if low == high:
+        raise SourceError(f"{name}: every pixel is {low}, expected a drawing of dark ink on white")
+    ink = 1 - np.asarray(image).mean() / 255
+    if ink > 0.5:
+        raise SourceError(f"{name}: {100 * ink:.0f} % of it is dark, looks inverted, expected dark ink on white")
     return 255 - np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS))
 
 
