@@ -28,10 +28,10 @@ def read_description(data_dir):
 
 
 def read_labels(path, images):
-    """The classes that `<split>_labels.npy` gives to `images` images: (order, classes), or None if there is no such file.
+    """Read `<split>_labels.npy`, the classes of `images` images: (order, classes), or None without such a file.
 
-    `order` brings the images of a class together, classes by first appearance, images as they lie. Raises UserError
-    for a damaged file, labels that are not one integer an image, and classes that differ in size.
+    `order` brings the images of a class together, classes by first appearance, images as they lie. Raises
+    UserError for a damaged file, labels that are not one integer an image, and classes that differ in size.
     """
     try:
         labels = np.load(path, allow_pickle=False)
@@ -41,20 +41,21 @@ def read_labels(path, images):
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(labels, np.ndarray) or labels.shape != (images,) or labels.dtype.kind not in "iu":
         found = f"{getattr(labels, 'dtype', None)} of shape {getattr(labels, 'shape', None)}"
-        raise UserError(f"{path}: {found}, expected an integer for each of the {images} images of the features beside it")
+        raise UserError(f"{path}: {found}, expected an integer for each of the {images} images beside it")
     _, first, number, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     if sizes.min() != sizes.max():
-        raise UserError(f"{path}: classes of {sizes.min()} to {sizes.max()} images, expected the same number in each")
+        found = f"classes of {sizes.min()} to {sizes.max()} images"
+        raise UserError(f"{path}: {found}, expected the same number in each")
     return np.argsort(first[number], kind="stable"), len(sizes)
 
 
 def load_split(data_dir, split, images_per_class):
-    """One split, `<split>_features.npy` (images, width): a float32 tensor (classes, images of a class, width).
+    """Load a split, `<split>_features.npy` (images, width): a float32 tensor (classes, images a class, width).
 
-    `<split>_labels.npy` beside it says the class of every image; without it `images_per_class` images lie together.
-    Training never reads labels: where they lie beside, training features may be any number, then of one row.
-    Other floats become float32. Raises UserError for a missing or damaged file, a wrong shape, dtype or number of
-    images, values that are negative, NaN or infinite, and what `read_labels` refuses.
+    `<split>_labels.npy` beside it says the class of every image; without it `images_per_class` images lie
+    together. Training never reads labels: where they lie beside, training features may be any number, then of
+    one row. Other floats become float32. Raises UserError for a missing or damaged file, a wrong shape, dtype
+    or number of images, values that are negative, NaN or infinite, and what `read_labels` refuses.
     """
     path = Path(data_dir) / f"{split}_features.npy"
     try:

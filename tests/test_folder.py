@@ -9,7 +9,8 @@ from PIL import Image
 from conftest import ROOT, fails, load, run
 
 OMNIGLOT = ["split.json", "test.npy", "train.npy", "val.npy"]
-SIMCLR = sorted(["classes.json", *(f"{split}{part}.npy" for split in ("train", "val", "test") for part in ("", "_labels"))])
+ARRAYS = [f"{split}{part}.npy" for split in ("train", "val", "test") for part in ("", "_labels")]
+SIMCLR = sorted(["classes.json", *ARRAYS])
 
 
 def prepare(source, out, *args):
@@ -43,7 +44,7 @@ def test_drawings_for_omniglot(tmp_path, light, mode):
     for name, count in (("train", 10), ("val", 5), ("test", 5)):
         images = load("omniglot", "dataloader").load_split(tmp_path / "out", name).numpy()
         assert images.shape == (count, 4, 28, 28, 1) and np.median(images) == 0 and images.max() > 200
-        for x, member in zip(images[:, 0, 14, :, 0].astype(float), split[name]):  # the bar stands where its class has it
+        for x, member in zip(images[:, 0, 14, :, 0].astype(float), split[name]):
             assert abs((x * np.arange(28)).sum() / x.sum() + 0.5 - (10 + 2 * int(member[5:])) / 2) < 0.2
         classes += split[name]
     assert sorted(classes) == names(tmp_path / "in")
@@ -55,7 +56,8 @@ def test_pictures_for_simclr(tmp_path):
     assert names(tmp_path / "out") == SIMCLR
     assert load("simclr", "dataloader").load_split(tmp_path / "out", "val").shape == (5, 4, 84, 84, 3)
     split = json.loads((tmp_path / "out/classes.json").read_text())
-    expected = Image.open(tmp_path / "in" / split["val"][1] / "2.png").resize((84, 84), Image.Resampling.BILINEAR)
+    expected = Image.open(tmp_path / "in" / split["val"][1] / "2.png")
+    expected = expected.resize((84, 84), Image.Resampling.BILINEAR)
     assert (np.load(tmp_path / "out/val.npy")[4 + 2] == np.asarray(expected)).all()
 
 
@@ -78,7 +80,8 @@ def test_unequal_classes_keep_the_smallest_count_and_say_so(tmp_path):
 def test_what_is_refused(tmp_path):
     source, out = make(tmp_path / "in"), tmp_path / "out"
     fails(prepare(tmp_path / "nowhere", out), "--source", "nowhere")
-    fails(prepare(make(tmp_path / "few", classes=14), out), "few: 14 class folders found, at least 15 expected")
+    few = make(tmp_path / "few", classes=14)
+    fails(prepare(few, out), "few: 14 class folders found, at least 15 expected")
     fails(prepare(tmp_path, out), "few: no picture found (class00, class01, class02)")
     for c in range(8):
         for path in (source / f"class{c:02d}").iterdir():

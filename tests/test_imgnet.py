@@ -307,7 +307,7 @@ def test_a_drawing_in_the_alpha_channel_is_ink_on_white(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
 def test_a_transparent_colour_is_white(tmp_path, mode):
-    """The same colour, black, is ink in one place and the transparent ground in another: the ground has an index of its own."""
+    """Black is ink in one place and, by an index of its own, the transparent ground in another."""
     image = Image.fromarray((RAMP > 99).astype(np.uint8) * 60 + 20).convert(mode)
     if mode == "P":
         image = Image.fromarray((RAMP > 99).astype(np.uint8), "P")

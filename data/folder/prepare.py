@@ -1,10 +1,10 @@
 """A folder of class folders of pictures -> train.npy, val.npy, test.npy, as omniglot/ or simclr/ reads them.
 
-    python data/folder/prepare.py --source DIR                 # DIR/class/picture -> 28x28, ink high, for omniglot/
-    python data/folder/prepare.py --source DIR --for simclr    # 84x84 colour with labels, for simclr/
+    python data/folder/prepare.py --source DIR                 # DIR/class/picture -> 28x28 for omniglot/
+    python data/folder/prepare.py --source DIR --for simclr    # 84x84 colour with labels for simclr/
 
-Classes are shuffled by --seed and cut 64/16/20 percent, at least five a split. All classes keep as many pictures
-as the smallest has, the first by file name.
+Classes are shuffled by --seed and cut 64/16/20 percent, at least five a split. All classes keep as many
+pictures as the smallest has, the first by file name.
 """
 
 import argparse
@@ -30,16 +30,19 @@ class SourceError(Exception):
 
 
 def find_classes(source):
-    """{class: [pictures]} of the folders in `source`, in order of name. Raises SourceError for one without pictures."""
+    """List {class: [pictures]} of the folders in `source`. Raises SourceError for one without pictures."""
     classes = {}
     for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name[0] not in "._"):
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        files = [path for path in files if path.name[0] != "."]
         if not files:
             names = ", ".join(sorted(path.name for path in folder.iterdir())[:3])
-            raise SourceError(f"{folder}: no picture found ({names or 'empty'}), a folder of class folders of pictures expected")
+            found = f"no picture found ({names or 'empty'})"
+            raise SourceError(f"{folder}: {found}, a folder of class folders of pictures expected")
         classes[folder.name] = files
     if len(classes) < 3 * WAY:
-        raise SourceError(f"{source}: {len(classes)} class folders found, at least {3 * WAY} expected, {WAY} for each of three splits")
+        found = f"{len(classes)} class folders found"
+        raise SourceError(f"{source}: {found}, at least {3 * WAY} expected, {WAY} for each of three splits")
     return classes
 
 
@@ -57,15 +60,16 @@ def plain(image):
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # a damaged EXIF says nothing, the pixels may be whole
         turn = None
-    if image.mode == "F" or image.mode.startswith("I"):  # grey beyond 8 bits: the mode says the range, not the values
+    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
         if not (values.min() >= 0 and values.max() <= top):
-            raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}, 0 to {top:g} expected")
+            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+            raise ValueError(f"{found}, 0 to {top:g} expected")
         if isinstance(image.info.get("transparency"), int):
             values[values == image.info["transparency"]] = top
         image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink alone goes on black.
+        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink goes on black.
         image = image.convert("RGBA")
         for ground in ("white", "black"):
             flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
@@ -76,7 +80,7 @@ def plain(image):
 
 
 def read(path, size):
-    """One picture -> (84, 84, 3) uint8, or (28, 28, 1) on its own ground with its border's median, which is that ground."""
+    """Read one picture: (84, 84, 3) uint8 and None, or (28, 28, 1) and its border's median, which is its ground."""
     try:
         image = plain(Image.open(path))
         if size == 84:
@@ -93,7 +97,7 @@ def read(path, size):
 
 
 def find_ground(borders):
-    """Say whether the drawings stand on a light or a dark ground. Raises SourceError if fewer than nine in ten agree."""
+    """Say if the drawings stand on a light or a dark ground. Raises SourceError if under nine in ten agree."""
     light = sum(border > 127 for border in borders)
     if 0.1 < light / len(borders) < 0.9:
         found = f"{light} of {len(borders)} pictures have a light border"
@@ -105,13 +109,13 @@ def prepare(source, size, seed, ground):
     """-> ({file name: array}, {split: class names}, lines that say what was decided)."""
     classes = find_classes(source)
     counts = {name: len(files) for name, files in classes.items()}
-    least, notes = min(counts.values()), []
+    smallest = min(counts, key=counts.get)
+    least, total, notes = counts[smallest], sum(counts.values()), []
     if least < 2:
-        raise SourceError(f"{source / min(counts, key=counts.get)}: 1 picture found, at least 2 in each class expected")
+        raise SourceError(f"{source / smallest}: 1 picture found, at least 2 in each class expected")
     if least < max(counts.values()):
-        left = sum(counts.values()) - least * len(counts)
-        smallest = min(counts, key=counts.get)
-        notes.append(f"{least} pictures of each class kept, as many as {smallest} has; {left} of {sum(counts.values())} left out")
+        left = total - least * len(counts)
+        notes.append(f"{least} pictures of each class kept, as many as {smallest} has; {left} of {total} left out")
     order = list(classes)
     random.Random(seed).shuffle(order)
     val, test = (max(WAY, round(share * len(order))) for share in SHARES.values())
@@ -136,12 +140,13 @@ def prepare(source, size, seed, ground):
         arrays = {name: 255 - x for name, x in arrays.items()}
     for name, x in arrays.items():
         if x.max() < 128 or x.mean() > 0.55 * 255:
-            raise SourceError(f"{source}: {name} has ink up to {x.max()}, mean {x.mean():.0f}, expected up to 255 on an empty ground")
+            found = f"ink up to {x.max()}, mean {x.mean():.0f}"
+            raise SourceError(f"{source}: {name} has {found}, expected up to 255 on an empty ground")
     return arrays, split, notes
 
 
 def write_all(out, files, description, facts):
-    """Everything is written beside its place first, then renamed; the description goes first and comes last."""
+    """Write all beside its place first, then rename; the description goes first and comes last."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
         for name, array in files.items():
@@ -163,19 +168,21 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     here = Path(__file__).resolve().parent
     parser.add_argument("--source", type=Path, required=True, help="folder of class folders of pictures")
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
-    parser.add_argument("--for", dest="experiment", choices=["omniglot", "simclr"], default="omniglot", help="who reads them (default: omniglot)")
+    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--for", dest="experiment", choices=["omniglot", "simclr"], default="omniglot",
+                        help="who reads them (default: omniglot)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the split into classes (default: 0)")
-    parser.add_argument("--ground", choices=["light", "dark"], help="the pictures' ground, for omniglot (default: what their borders show)")
+    parser.add_argument("--ground", choices=["light", "dark"],
+                        help="the pictures' ground, for omniglot (default: what their borders show)")  # fmt: skip
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # takes the unfinished files with it
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:
         if not args.source.is_dir():
-            raise SourceError(f"--source: {args.source} found, a folder of class folders of pictures expected")
+            raise SourceError(f"--source: {args.source} found, a folder of class folders expected")
         size, description = (28, "split.json") if args.experiment == "omniglot" else (84, "classes.json")
         files, split, notes = prepare(args.source, size, args.seed, args.ground)
-        facts = {"seed": args.seed, "rotations": [0], "rows": "class i is folder i", **split} if size == 28 else split
-        write_all(args.out, files, description, facts)
+        facts = {"seed": args.seed, "rotations": [0], "rows": "class i is folder i"} if size == 28 else {}
+        write_all(args.out, files, description, facts | split)
     except SourceError as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -92,7 +92,7 @@ def check_counts(rows):
 
 
 def keys(name):
-    """Give what a picture can be found by: its name, that with its suffix in any spelling, and so its last part."""
+    """Give what a picture is found by: its name, that with its suffix in any spelling, and so its last part."""
     name = unicodedata.normalize("NFC", name)  # macOS hands out NFD
     stem, dot, suffix = name.rpartition(".")
     suffix = suffix.lower().replace("jpeg", "jpg")
@@ -103,22 +103,24 @@ def walk(folder):
     """Yield the files below `folder`, in links to folders as well, but not a folder in itself."""
     for root, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(root) + os.sep
-        folders[:] = sorted(name for name in folders if not here.startswith(os.path.realpath(f"{root}/{name}") + os.sep))
+        real = {name: os.path.realpath(f"{root}/{name}") + os.sep for name in sorted(folders)}
+        folders[:] = [name for name in real if not here.startswith(real[name])]
         for name in sorted(names):
             if os.path.isfile(f"{root}/{name}") and not name.startswith("._"):
                 yield Path(root, name)
 
 
 def find_images(source):
-    """Where the images lie, {key: (zip file or None, path)}, and the problems met: zips that cannot be opened.
+    """Find the images, {key: (zip file or None, path)}, and the problems met: zips that cannot be opened.
 
-    Reads `source`/images/ and every zip in `source`; the part of a zip's paths up to a folder `images/` does not
-    count. A loose file comes before a zipped one. Keys are those of `keys`; where two different files of a kind have
-    one key, a string that names both stands there. A zip without `images/` is known by its whole paths alone if
-    there is an `images/` elsewhere: it may hold masks.
+    Reads `source`/images/ and every zip in `source`; the part of a zip's paths up to a folder `images/` does
+    not count. A loose file comes before a zipped one. Keys are those of `keys`; where two different files of a
+    kind have one key, a string that names both stands there. A zip without `images/` is known by its whole
+    paths alone if there is an `images/` elsewhere: it may hold masks.
     """
     loose, zipped, entries, problems = {}, {}, {}, []
-    for archive in sorted(path for path in source.iterdir() if path.suffix.lower() == ".zip" and path.name[:2] != "._"):
+    archives = sorted(path for path in source.iterdir() if path.suffix.lower() == ".zip")
+    for archive in (path for path in archives if not path.name.startswith("._")):
         try:
             with zipfile.ZipFile(archive) as file:
                 for entry in file.infolist():
@@ -135,7 +137,7 @@ def find_images(source):
 
     for path in walk(source / "images"):
         for key in keys(path.relative_to(source / "images").as_posix()):
-            add(loose, key, (None, str(path)), lambda one, other: filecmp.cmp(one[1], other[1], shallow=False))
+            add(loose, key, (None, str(path)), lambda one, other: filecmp.cmp(one[1], other[1], False))
     rooted = bool(loose) or any("/images/" in f"/{path}" for _, path in entries)
     for archive, path in entries:
         _, inside, name = f"/{path}".rpartition("/images/")
@@ -145,10 +147,10 @@ def find_images(source):
 
 
 def place_images(rows, found):
-    """-> {split: [place, None if missing, or a string naming two different files]} of {split: [(filename, label)]}.
+    """Place {split: [(filename, label)]}: {split: [place, None if missing, or a string naming two files]}.
 
-    A name without folder may lie in a subfolder, but only if none lies directly in `images/`: what else lies deeper
-    could be masks.
+    A name without folder may lie in a subfolder, but only if none lies directly in `images/`: what else lies
+    deeper could be masks.
     """
 
     def look(filename, count):
@@ -170,16 +172,19 @@ def check_places(source, rows, places, found):
     problems, owner = [], {}
     names = sorted(key for key in found if isinstance(key, str))
     beside = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
-    beside = [name for name in beside if not name.lower().endswith((".csv", ".zip")) and name != "images/" and name[0] != "."]
+    beside = [name for name in beside if not name.lower().endswith((".csv", ".zip"))]
+    beside = [name for name in beside if name != "images/" and name[0] != "."]
     there = f"{len(names)} files found, such as {names[0]}" if names else "no file found"
     if beside:
-        there += f"; not read: {', '.join(beside[:4])}{', ...' * (len(beside) > 4)}, a folder images/ or a .zip expected"
+        listed = ", ".join(beside[:4]) + ", ..." * (len(beside) > 4)
+        there += f"; not read: {listed}, a folder images/ or a .zip expected"
     for split, jobs in places.items():
         filenames = [filename for filename, _ in rows[split]]
         missing = [filename for filename, place in zip(filenames, jobs) if place is None]
         if missing:
             count = f"{len(missing)} of {len(jobs)} images missing"
-            problems.append(f"{split}.csv: {count} in {source}/images and the zips beside it (the first: {missing[0]})")
+            where = f"in {source}/images and the zips beside it"
+            problems.append(f"{split}.csv: {count} {where} (the first: {missing[0]})")
         rivals = [(filename, place) for filename, place in zip(filenames, jobs) if isinstance(place, str)]
         if rivals:
             count = f"{len(rivals)} of {len(jobs)} names stand for different files"
@@ -187,7 +192,8 @@ def check_places(source, rows, places, found):
         for filename, place in zip(filenames, jobs):
             first = owner.setdefault(place, filename) if isinstance(place, tuple) else filename
             if first != filename:
-                problems.append(f"{split}.csv: {filename} and {first} are one file, {': '.join(filter(None, place))}")
+                one = ": ".join(filter(None, place))
+                problems.append(f"{split}.csv: {filename} and {first} are one file, {one}")
                 break
     if any(None in jobs for jobs in places.values()):
         problems.append(f"{source}: {there}")
@@ -208,15 +214,16 @@ def plain(image):
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # a damaged EXIF says nothing, the pixels may be whole
         turn = None
-    if image.mode == "F" or image.mode.startswith("I"):  # grey beyond 8 bits: the mode says the range, not the values
+    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
         if not (values.min() >= 0 and values.max() <= top):
-            raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}, 0 to {top:g} expected")
+            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+            raise ValueError(f"{found}, 0 to {top:g} expected")
         if isinstance(image.info.get("transparency"), int):
             values[values == image.info["transparency"]] = top
         image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink alone goes on black.
+        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink goes on black.
         image = image.convert("RGBA")
         for ground in ("white", "black"):
             flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
@@ -276,7 +283,7 @@ def prepare(source):
     problems += damaged
     places = place_images(rows, found)
     problems += check_places(source, rows, places, found)
-    places = {split: [None if isinstance(place, str) else place for place in jobs] for split, jobs in places.items()}
+    places = {split: [job if isinstance(job, tuple) else None for job in jobs] for split, jobs in places.items()}
     # A stop from the keyboard goes to the parent alone, which ends the pool.
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         arrays, broken = decode_all(places, pool)

@@ -47,13 +47,15 @@ def download(folder):
 def is_drawing(path):
     """Say whether a path is a PNG of Alphabet/characterNN/ and not one of the files that macOS adds."""
     *folders, name = path.split("/")
-    return len(folders) > 1 and name.lower().endswith(".png") and name[:2] != "._" and "__MACOSX" not in folders
+    added = name.startswith("._") or "__MACOSX" in folders
+    return len(folders) > 1 and name.lower().endswith(".png") and not added
 
 
 def open_archive(source, name):
     """The PNGs of one archive: {'Alphabet/characterNN': [bytes of its 20 drawings, in order of file name]}.
 
-    Reads `name`.zip or the folder `name` in `source`; folders above the alphabets do not count. Raises SourceError if it is missing, damaged or incomplete.
+    Reads `name`.zip or the folder `name` in `source`; folders above the alphabets do not count.
+    Raises SourceError if it is missing, damaged or incomplete.
     """
     folder, archive = source / name, source / f"{name}.zip"
     contents = {}
@@ -75,12 +77,14 @@ def open_archive(source, name):
     else:
         there = sorted(path.name for path in source.iterdir()) if source.is_dir() else []
         there = f"; found: {', '.join(there[:5])}" if there else ""
-        raise SourceError(f"{source}: found neither {name}.zip nor a folder {name}, expected one of them{there}")
+        neither = f"found neither {name}.zip nor a folder {name}"
+        raise SourceError(f"{source}: {neither}, expected one of them{there}")
     characters, places = {}, {}
     for path in sorted(contents):
         place, character = path.rpartition("/")[0], "/".join(path.split("/")[-3:-1])
         if places.setdefault(character, place) != place:
-            raise SourceError(f"{where}: {character} found in {places[character]} and in {place}, one expected")
+            both = f"{places[character]} and in {place}"
+            raise SourceError(f"{where}: {character} found in {both}, one expected")
         characters.setdefault(character, []).append(contents[path])
     if len(characters) != ARCHIVES[name]:
         first = f" (such as {min(contents)})" if contents else ""
@@ -105,15 +109,16 @@ def plain(image):
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # a damaged EXIF says nothing, the pixels may be whole
         turn = None
-    if image.mode == "F" or image.mode.startswith("I"):  # grey beyond 8 bits: the mode says the range, not the values
+    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
         if not (values.min() >= 0 and values.max() <= top):
-            raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}, 0 to {top:g} expected")
+            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+            raise ValueError(f"{found}, 0 to {top:g} expected")
         if isinstance(image.info.get("transparency"), int):
             values[values == image.info["transparency"]] = top
         image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink alone goes on black.
+        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink goes on black.
         image = image.convert("RGBA")
         for ground in ("white", "black"):
             flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
@@ -141,7 +146,7 @@ def read_drawing(png, name):
         raise SourceError(f"{name}: every pixel is {low}, expected a drawing of dark ink on white")
     ink = 1 - np.asarray(image).mean() / 255
     if ink > 0.5:
-        raise SourceError(f"{name}: {100 * ink:.0f} % of it is dark, looks inverted, expected dark ink on white")
+        raise SourceError(f"{name}: {100 * ink:.0f} % dark, looks inverted, expected dark ink on white")
     return 255 - np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS))
 
 
