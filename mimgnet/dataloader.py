@@ -28,7 +28,7 @@ def read_description(data_dir):
 
 
 def read_labels(path, images):
-    """Read `<split>_labels.npy`, the classes of `images` images: (order, classes), or None without such a file.
+    """Read `<split>_labels.npy`, the classes of `images` images: (order, classes), or None without it.
 
     `order` brings the images of a class together, classes by first appearance, images as they lie. Raises
     UserError for a damaged file, labels that are not one integer an image, and classes that differ in size.
@@ -50,7 +50,7 @@ def read_labels(path, images):
 
 
 def load_split(data_dir, split, images_per_class):
-    """Load a split, `<split>_features.npy` (images, width): a float32 tensor (classes, images a class, width).
+    """Load a split, `<split>_features.npy` (images, width): a float32 tensor (classes, members, width).
 
     `<split>_labels.npy` beside it says the class of every image; without it `images_per_class` images lie
     together. Training never reads labels: where they lie beside, training features may be any number, then of

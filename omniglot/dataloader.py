@@ -26,7 +26,7 @@ def check_ink(path, images):
     blank = flat.min(2) == flat.max(2)
     if blank.mean() > 0.5:
         raise UserError(f"{path}: {blank.sum()} of {blank.size} drawings are blank, expected ink in each")
-    # Drawings of a class are alike. Analysis of variance on a part: rows (classes) against columns (drawings).
+    # Drawings of a class are alike. Analysis of variance on a part: rows (classes), columns (drawings).
     part = flat[:: len(flat) // 200 + 1, :: flat.shape[1] // 200 + 1].astype(np.float32) / top
     rows, columns = part.shape[:2]
     if min(rows, columns) < 5:

@@ -69,7 +69,7 @@ def plain(image):
             values[values == image.info["transparency"]] = top
         image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink goes on black.
+        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
         image = image.convert("RGBA")
         for ground in ("white", "black"):
             flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
@@ -80,7 +80,7 @@ def plain(image):
 
 
 def read(path, size):
-    """Read one picture: (84, 84, 3) uint8 and None, or (28, 28, 1) and its border's median, which is its ground."""
+    """Read a picture: (84, 84, 3) uint8 and None, or (28, 28, 1) and its ground, its border's median."""
     try:
         image = plain(Image.open(path))
         if size == 84:
@@ -97,7 +97,7 @@ def read(path, size):
 
 
 def find_ground(borders):
-    """Say if the drawings stand on a light or a dark ground. Raises SourceError if under nine in ten agree."""
+    """Say if the ground is light or dark. Raises SourceError if under nine in ten pictures agree."""
     light = sum(border > 127 for border in borders)
     if 0.1 < light / len(borders) < 0.9:
         found = f"{light} of {len(borders)} pictures have a light border"
@@ -115,7 +115,8 @@ def prepare(source, size, seed, ground):
         raise SourceError(f"{source / smallest}: 1 picture found, at least 2 in each class expected")
     if least < max(counts.values()):
         left = total - least * len(counts)
-        notes.append(f"{least} pictures of each class kept, as many as {smallest} has; {left} of {total} left out")
+        kept = f"{least} pictures of each class kept, as many as {smallest} has"
+        notes.append(f"{kept}; {left} of {total} left out")
     order = list(classes)
     random.Random(seed).shuffle(order)
     val, test = (max(WAY, round(share * len(order))) for share in SHARES.values())
@@ -165,7 +166,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
     parser.add_argument("--source", type=Path, required=True, help="folder of class folders of pictures")
     parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
@@ -173,7 +175,7 @@ def main():
                         help="who reads them (default: omniglot)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the split into classes (default: 0)")
     parser.add_argument("--ground", choices=["light", "dark"],
-                        help="the pictures' ground, for omniglot (default: what their borders show)")  # fmt: skip
+                        help="the pictures' ground, for omniglot (default: as their borders)")  # fmt: skip
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:

@@ -92,7 +92,7 @@ def check_counts(rows):
 
 
 def keys(name):
-    """Give what a picture is found by: its name, that with its suffix in any spelling, and so its last part."""
+    """Give what a picture is found by: its name, that with any spelling of its suffix, its last part."""
     name = unicodedata.normalize("NFC", name)  # macOS hands out NFD
     stem, dot, suffix = name.rpartition(".")
     suffix = suffix.lower().replace("jpeg", "jpg")
@@ -114,8 +114,8 @@ def find_images(source):
     """Find the images, {key: (zip file or None, path)}, and the problems met: zips that cannot be opened.
 
     Reads `source`/images/ and every zip in `source`; the part of a zip's paths up to a folder `images/` does
-    not count. A loose file comes before a zipped one. Keys are those of `keys`; where two different files of a
-    kind have one key, a string that names both stands there. A zip without `images/` is known by its whole
+    not count. A loose file comes before a zipped one. Keys are those of `keys`; where two different files of
+    a kind have one key, a string that names both stands there. A zip without `images/` is known by its whole
     paths alone if there is an `images/` elsewhere: it may hold masks.
     """
     loose, zipped, entries, problems = {}, {}, {}, []
@@ -223,7 +223,7 @@ def plain(image):
             values[values == image.info["transparency"]] = top
         image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink goes on black.
+        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
         image = image.convert("RGBA")
         for ground in ("white", "black"):
             flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
@@ -283,7 +283,8 @@ def prepare(source):
     problems += damaged
     places = place_images(rows, found)
     problems += check_places(source, rows, places, found)
-    places = {split: [job if isinstance(job, tuple) else None for job in jobs] for split, jobs in places.items()}
+    for jobs in places.values():
+        jobs[:] = [job if isinstance(job, tuple) else None for job in jobs]
     # A stop from the keyboard goes to the parent alone, which ends the pool.
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         arrays, broken = decode_all(places, pool)

@@ -118,7 +118,7 @@ def plain(image):
             values[values == image.info["transparency"]] = top
         image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink then. White ink goes on black.
+        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
         image = image.convert("RGBA")
         for ground in ("white", "black"):
             flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
