@@ -27,11 +27,35 @@ def read_description(data_dir):
     return description
 
 
-def load_split(data_dir, split, images_per_class):
-    """One split, `<split>_features.npy` (images, width): a float32 tensor (classes, images_per_class, width).
+def read_labels(path, images):
+    """Read `<split>_labels.npy`, the classes of `images` images: (order, classes), or None without it.
 
-    The images of a class lie together; other floats become float32. Raises UserError for a missing or damaged
-    file, a wrong shape, dtype or number of images, and values that are negative, NaN or infinite.
+    `order` brings the images of a class together, classes by first appearance, images as they lie. Raises
+    UserError for a damaged file, labels that are not one integer an image, and classes that differ in size.
+    """
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # NumPy raises many kinds for a damaged file
+        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+    if not isinstance(labels, np.ndarray) or labels.shape != (images,) or labels.dtype.kind not in "iu":
+        found = f"{getattr(labels, 'dtype', None)} of shape {getattr(labels, 'shape', None)}"
+        raise UserError(f"{path}: {found}, expected an integer for each of the {images} images beside it")
+    _, first, number, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    if sizes.min() != sizes.max():
+        found = f"classes of {sizes.min()} to {sizes.max()} images"
+        raise UserError(f"{path}: {found}, expected the same number in each")
+    return np.argsort(first[number], kind="stable"), len(sizes)
+
+
+def load_split(data_dir, split, images_per_class):
+    """Load a split, `<split>_features.npy` (images, width): a float32 tensor (classes, members, width).
+
+    `<split>_labels.npy` beside it says the class of every image; without it `images_per_class` images lie
+    together. Training never reads labels: where they lie beside, training features may be any number, then of
+    one row. Other floats become float32. Raises UserError for a missing or damaged file, a wrong shape, dtype
+    or number of images, values that are negative, NaN or infinite, and what `read_labels` refuses.
     """
     path = Path(data_dir) / f"{split}_features.npy"
     try:
@@ -44,7 +68,14 @@ def load_split(data_dir, split, images_per_class):
         raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (images, features)")
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise UserError(f"{path}: dtype {array.dtype}, expected float32 (or another float)")
-    if len(array) % images_per_class:
+    beside = path.with_name(f"{split}_labels.npy")
+    labelled = None if split == "train" else read_labels(beside, len(array))
+    if labelled:
+        order, classes = labelled
+        array, images_per_class = array[order], len(array) // classes
+    elif split == "train" and len(array) % images_per_class and beside.exists():
+        images_per_class = len(array)
+    elif len(array) % images_per_class:
         raise UserError(f"{path}: {len(array)} images, expected a multiple of --images-per-class {images_per_class}")
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
         array = array.astype(np.float32)

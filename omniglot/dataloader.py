@@ -8,10 +8,42 @@ import torch
 from runtime import UserError
 
 
+def check_ink(path, images):
+    """Raises UserError for values of the right form that cannot be ink on an empty ground.
+
+    Those are blank, faint or inverted images, and classes and drawings swapped. A mean of one half, as grey
+    noise has it, is accepted.
+    """
+    top = 255 if images.dtype == np.uint8 else 1
+    low, high, mean = images.min(), images.max(), images.mean(dtype=np.float64) / top
+    if low == high:
+        raise UserError(f"{path}: every value is {low}, expected drawings: ink {top} on a ground of 0")
+    if high < top / 2:
+        raise UserError(f"{path}: values up to {high}, expected ink up to {top}")
+    if mean > 0.55:
+        raise UserError(f"{path}: mean {mean:.2f}, looks inverted, ink = {top} on an empty ground expected")
+    flat = images.reshape(*images.shape[:2], -1)
+    blank = flat.min(2) == flat.max(2)
+    if blank.mean() > 0.5:
+        raise UserError(f"{path}: {blank.sum()} of {blank.size} drawings are blank, expected ink in each")
+    # Drawings of a class are alike. Analysis of variance on a part: rows (classes), columns (drawings).
+    part = flat[:: len(flat) // 200 + 1, :: flat.shape[1] // 200 + 1].astype(np.float32) / top
+    rows, columns = part.shape[:2]
+    if min(rows, columns) < 5:
+        return
+    of_rows, of_columns = (part.mean(axis).var(0, ddof=1).sum() for axis in (1, 0))
+    rest = part.reshape(-1, part.shape[2]).var(0).sum() - of_rows - of_columns
+    of_rows, of_columns = max(of_rows - rest / columns, 0), of_columns - rest / rows
+    if of_columns > 0.05 * rest and of_columns > 4 * of_rows:
+        found = f"{images.shape}, images alike along its second axis: axes look swapped"
+        raise UserError(f"{path}: shape {found}, (classes, drawings, 28, 28, 1) expected")
+
+
 def load_split(data_dir, split):
     """One split, `<split>.npy`: a tensor (classes, drawings, 28, 28, 1), uint8 as it is or float32 in [0, 1].
 
-    Raises UserError for a missing or damaged file, a wrong shape or dtype, and values outside [0, 1] or NaN.
+    Raises UserError for a missing or damaged file, a wrong shape or dtype, values outside [0, 1] or NaN, and
+    what `check_ink` refuses.
     """
     path = Path(data_dir) / f"{split}.npy"
     try:
@@ -25,12 +57,14 @@ def load_split(data_dir, split):
     if array.dtype == np.uint8:
         if array.max() < 2:
             raise UserError(f"{path}: uint8 values up to {array.max()}, expected ink up to 255")
+        check_ink(path, array)
         return torch.from_numpy(array)
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise UserError(f"{path}: dtype {array.dtype}, expected uint8 or float in [0, 1]")
     low, high = array.min(), array.max()  # NaN propagates into both
     if not (low >= 0 and high <= 1):
         raise UserError(f"{path}: values from {low} to {high}, expected floats in [0, 1]")
+    check_ink(path, array)
     return torch.from_numpy(array.astype(np.float32))
 
 

@@ -125,6 +125,38 @@ def test_bytes_that_are_not_up_to_255(tmp_path):
     refuses(save(tmp_path, np.ones((1, 1, 28, 28, 1), np.uint8)), "up to 1", "up to 255")
 
 
+def white(x):
+    return 255 - x
+
+
+WRONG = {
+    "white ground": (white, "looks inverted"),
+    "white ground, floats": (lambda x: 1 - x / 255, "looks inverted"),
+    "white ground, halves": (lambda x: (1 - x / 255).astype(np.float16), "looks inverted"),
+    "bytes 0 to 15": (lambda x: x // 16, "values up to 15, expected ink up to 255"),
+    "percent": (lambda x: (x / 2.55).astype(np.uint8), "values up to 100, expected ink up to 255"),
+    "divided twice": (lambda x: x / 255 / 255, "expected ink up to 1"),
+    "all 255": (lambda x: np.full_like(x, 255), "every value is 255"),
+    "all one half": (lambda x: np.full(x.shape, 0.5), "every value is 0.5"),
+    "all 0.0": (lambda x: np.zeros(x.shape), "every value is 0.0"),
+    "mostly blank": (lambda x: x * (np.arange(20) < 9)[:, None, None, None].astype(np.uint8), "275 of 500 drawings are blank"),
+    "axes swapped": (lambda x: x.swapaxes(0, 1), "(20, 25, 28, 28, 1)"),
+    "axes swapped, floats": (lambda x: x.swapaxes(0, 1) / 255, "axes look swapped"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_values_that_are_not_ink_on_an_empty_ground(case, glyphs_dir, tmp_path):
+    change, words = WRONG[case]
+    refuses(save(tmp_path, change(np.load(glyphs_dir / "val.npy"))), words)
+
+
+def test_grey_images_and_few_drawings_are_read(glyphs_dir, tmp_path):
+    glyphs = np.load(glyphs_dir / "val.npy")
+    for array in (glyphs // 2 + 70, glyphs[:3], glyphs[:, :1], glyphs[:5, :, :, ::-1], (glyphs > 127).astype(np.float32), glyphs // 2 + 1):
+        assert data.load_split(save(tmp_path, array), "train").shape == array.shape
+
+
 @pytest.mark.parametrize("value, word", [(1.5, "1.5"), (255.0, "255"), (-0.25, "-0.25"), (np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_single_value_out_of_range(tmp_path, value, word, dtype):

@@ -165,6 +165,193 @@ def test_only_mini_imagenet_is_held_to_its_counts():
     assert len(problems) == 3 and "38336 images found, Mini-ImageNet's 38400 expected" in problems[0]
 
 
+# --- where a picture lies -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """A data set of loose files and the arrays made from it."""
+    folder = tmp_path_factory.mktemp("right")
+    make_source(folder / "source")
+    assert prepare(folder / "source", folder / "out").returncode == 0
+    return folder
+
+
+def equal(one, other):
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in ARRAYS)
+
+
+def pack(source, archive, name, keep=False, content=None):
+    """Moves the loose images into a zip, each at name(path)."""
+    with zipfile.ZipFile(source / archive, "a") as file:
+        for path in sorted((source / "images").iterdir()):
+            file.writestr(name(path), path.read_bytes() if content is None else content)
+            if not keep:
+                path.unlink()
+
+
+def rename(source, name):
+    for path in sorted((source / "images").iterdir()):
+        new = source / "images" / name(path)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(new)
+
+
+def rename_rows(source, name):
+    for split in COUNTS:
+        rows = list(csv.reader((source / f"{split}.csv").read_text().splitlines()))[1:]
+        write_csv(source, split, [(name(filename), label) for filename, label in rows])
+
+
+def linked(source):
+    rename(source, lambda path: f"../elsewhere/{path.name}")
+    os.symlink(source / "elsewhere", source / "images/linked")
+    os.symlink(source / "images", source / "elsewhere/loop")
+
+
+LAYOUTS = {
+    "class folders": lambda source: rename(source, lambda path: f"{path.name[:-6]}/{path.name}"),
+    "suffix in capitals": lambda source: rename(source, lambda path: path.stem + ".JPG"),
+    "another suffix": lambda source: rename(source, lambda path: path.stem + ".JPEG"),
+    "a prefix in the CSV": lambda source: rename_rows(source, "images/{}".format),
+    "a link to a folder": linked,
+    "NFD files": lambda source: (rename(source, lambda path: "a\u0308" + path.name), rename_rows(source, "\u00e4{}".format)),
+    "NFC files": lambda source: (rename(source, lambda path: "\u00e4" + path.name), rename_rows(source, "a\u0308{}".format)),
+    "a zip of another folder": lambda source: pack(source, "mini.zip", lambda path: f"mini/{path.name}"),
+    "a zip in capitals": lambda source: pack(source, "IMAGES.ZIP", lambda path: path.name),
+    "two copies": lambda source: (pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True), pack(source, "b.zip", lambda path: path.name)),
+    "masks in the zip": lambda source: (
+        pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True), pack(source, "a.zip", lambda path: f"mask_images/{path.name}", content=b"mask"),
+    ),
+    "masks in a zip beside": lambda source: pack(source, "masks.zip", lambda path: f"masks/{path.name}", True, b"mask"),
+    "images in another word": lambda source: (
+        rename_rows(source, "train_images/{}".format), pack(source, "a.zip", lambda path: f"train_images/{path.name}"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_that_leaves_no_doubt_is_read(layout, right, source, tmp_path):
+    LAYOUTS[layout](source)
+    result = prepare(source, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert equal(tmp_path / "out", right / "out")
+
+
+def test_a_name_of_two_different_files(source, tmp_path):
+    pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True)
+    pack(source, "b.zip", lambda path: f"images/{path.name}", content=jpeg(99))
+    result = prepare(source, tmp_path / "out")
+    fails(result, "train.csv: 24 of 24 names stand for different files", "a.zip: images/train3_0.jpg and ", "b.zip: images/train3_0.jpg")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_does_not_stand_in_for_a_missing_picture(source, tmp_path):
+    for place in ("a.zip", "b.zip"):
+        pack(source, place, lambda path: f"{'images' if place == 'a.zip' else 'masks'}/{path.name}", keep=True)
+    (source / "images/masks").mkdir()
+    (source / "images/train3_0.jpg").rename(source / "images/masks/train3_0.jpg")
+    (source / "a.zip").unlink()
+    fails(prepare(source, tmp_path / "out"), "train.csv: 1 of 24 images missing", "the first: train3_0.jpg")
+
+
+def test_a_name_of_two_pictures_in_subfolders(source, tmp_path):
+    (source / "images/b").mkdir()
+    (source / "images/b/train3_0.jpg").write_bytes(jpeg(99))
+    rename(source, lambda path: f"a/{path.name}" if path.suffix else path.name)
+    fails(prepare(source, tmp_path / "out"), "1 of 24 names stand for different files", "images/a/train3_0.jpg and ", "images/b/train3_0.jpg")
+
+
+def test_a_file_of_two_names(source, tmp_path):
+    rows = list(csv.reader((source / "train.csv").read_text().splitlines()))[1:]
+    (source / "images" / rows[4][0]).unlink()
+    write_csv(source, "train", [*rows[:4], (rows[0][0].replace("jpg", "JPEG"), rows[4][1]), *rows[5:]])
+    fails(prepare(source, tmp_path / "out"), "are one file")
+
+
+def test_what_was_found_is_said(source, tmp_path):
+    (source / "images").rename(source / "processed_images")
+    (source / "images.tar.gz").write_bytes(b"anything")
+    fails(
+        prepare(source, tmp_path / "out"), "24 of 24 images missing", "no file found", "not read: images.tar.gz, processed_images/",
+        "a folder images/ or a .zip expected",
+    )  # fmt: skip
+    (source / "processed_images").rename(source / "images")
+    rename_rows(source, lambda name: "other" + name)
+    fails(prepare(source, tmp_path / "out"), "24 of 24 images missing", "54 files found, such as test0_0.jpg")
+
+
+# --- what a pixel means ---------------------------------------------------------------------------
+
+RAMP = np.linspace(0, 255, 84 * 84).reshape(84, 84).round().astype(np.uint8)
+
+
+def decoded(tmp_path, image, suffix="png", **options):
+    image.save(tmp_path / f"one.{suffix}", **options)
+    return load("data/imgnet", "prepare").decode((None, str(tmp_path / f"one.{suffix}")))
+
+
+def with_alpha(colour, alpha, mode):
+    image = Image.new("RGBA", (84, 84), (colour, colour, colour))
+    image.putalpha(Image.fromarray(alpha))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_drawing_in_the_alpha_channel_is_ink_on_white(tmp_path, mode):
+    assert (decoded(tmp_path, with_alpha(0, RAMP, mode)) == 255 - RAMP[..., None]).all()
+    assert (decoded(tmp_path, with_alpha(255, RAMP, mode)) == RAMP[..., None]).all()  # white on white would be nothing
+    opaque = with_alpha(90, np.full((84, 84), 255, np.uint8), mode)
+    assert (decoded(tmp_path, opaque) == 90).all()
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_transparent_colour_is_white(tmp_path, mode):
+    """Black is ink in one place and, by an index of its own, the transparent ground in another."""
+    image = Image.fromarray((RAMP > 99).astype(np.uint8) * 60 + 20).convert(mode)
+    if mode == "P":
+        image = Image.fromarray((RAMP > 99).astype(np.uint8), "P")
+        image.putpalette([0, 0, 0] * 256)
+    ground = {"P": 0, "L": 20, "RGB": (20, 20, 20)}[mode]
+    image = decoded(tmp_path, image, transparency=ground)
+    assert (image[RAMP <= 99] == 255).all() and (image[RAMP > 99] == (0 if mode == "P" else 80)).all()
+
+
+@pytest.mark.parametrize("suffix, dtype", [("png", np.uint16), ("tif", np.uint16), ("tif", ">u2"), ("tif", np.int32)])
+def test_sixteen_bits_of_grey_are_scaled(tmp_path, suffix, dtype):
+    image = decoded(tmp_path, Image.fromarray((RAMP.astype(np.uint16) * 257).astype(dtype)), suffix)
+    assert (image == RAMP[..., None]).all()
+    assert decoded(tmp_path, Image.fromarray(np.full((84, 84), 200, dtype)), suffix).max() == 1  # by mode, not by content
+
+
+def test_floats_are_scaled_or_refused(tmp_path):
+    assert (decoded(tmp_path, Image.fromarray(RAMP / np.float32(255)), "tif") == RAMP[..., None]).all()
+    for value in (1.5, -0.1, np.nan):
+        values = np.full((84, 84), 0.5, np.float32)
+        values[3, 4] = value
+        assert "0 to 1 expected" in decoded(tmp_path, Image.fromarray(values), "tif")
+    assert "0 to 65535 expected" in decoded(tmp_path, Image.fromarray(np.full((84, 84), 70000, np.int32)), "tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_a_picture_upright(tmp_path, orientation):
+    upright = Image.fromarray(RAMP)
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the way a camera stores it
+    stored = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert (decoded(tmp_path, stored, exif=exif) == RAMP[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_plain_jpeg_keeps_its_bytes(tmp_path, mode):
+    for exif in (b"", b"Exif\0\0broken"):
+        image = Image.open(io.BytesIO(jpeg(3, mode=mode)))
+        image.save(tmp_path / "a.jpg", exif=exif)
+        expected = np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB"))
+        assert (load("data/imgnet", "prepare").decode((None, str(tmp_path / "a.jpg"))) == expected).all()
+
+
 @needs_shared_data
 def test_real_csvs_and_images():
     """The real CSVs pass every check, and each image they name lies in one of the zips."""

@@ -152,6 +152,61 @@ def test_load_split_keeps_classes_together(tmp_path):
     assert images.flatten(0, 1).numpy().tolist() == features.tolist()
 
 
+def save(folder, split, features, labels):
+    np.save(folder / f"{split}_features.npy", np.asarray(features, np.float32))
+    np.save(folder / f"{split}_labels.npy", labels)
+
+
+@pytest.mark.parametrize("said", [5, 10, 600])
+def test_labels_beside_the_features_decide_the_classes(tmp_path, said):
+    """Shuffled, or images before classes: a class's images come together in their order, whatever the flag says."""
+    features = np.arange(120).reshape(30, 4)
+    for order in (np.random.default_rng(0).permutation(30), np.arange(30).reshape(6, 5).T.flatten(), np.arange(30)[::-1]):
+        save(tmp_path, "val", features[order], (order // 5).astype(np.uint8))
+        images = dataloader.load_split(tmp_path, "val", said)
+        assert images.shape == (6, 5, 4)
+        classes = images[:, 0, 0].long() // 20
+        assert classes.tolist() == list(dict.fromkeys(order // 5))  # in order of first appearance
+        for i, c in enumerate(classes.tolist()):
+            assert images[i].tolist() == features[[j for j in order if j // 5 == c]].tolist()
+
+
+def test_labels_in_order_change_nothing(tmp_path):
+    features = np.arange(120, dtype=np.float32).reshape(30, 4)
+    save(tmp_path, "test", features, np.arange(30) // 5 * -7)
+    assert dataloader.load_split(tmp_path, "test", 5).flatten(0, 1).numpy().tolist() == features.tolist()
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (np.repeat([0, 1, 2, 3], [3, 7, 3, 7]), "classes of 3 to 7 images"),
+        (np.arange(19) // 5, "int64 of shape (19,), expected an integer for each of the 20 images"),
+        (np.arange(20) / 5, "float64"),
+        (np.eye(4, dtype=int).repeat(5, 0), "(20, 4)"),
+    ],
+)
+def test_labels_that_cannot_be_used(tmp_path, labels, words):
+    save(tmp_path, "val", np.ones((20, 4)), labels)
+    with pytest.raises(dataloader.UserError) as caught:
+        dataloader.load_split(tmp_path, "val", 5)
+    assert "val_labels.npy" in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damaged_labels(tmp_path):
+    save(tmp_path, "val", np.ones((20, 4)), [])
+    (tmp_path / "val_labels.npy").write_bytes(b"0\n1\n")
+    with pytest.raises(dataloader.UserError, match="val_labels.npy: not a readable"):
+        dataloader.load_split(tmp_path, "val", 5)
+
+
+def test_training_never_reads_labels(tmp_path):
+    features = np.arange(92, dtype=np.float32).reshape(23, 4)
+    save(tmp_path, "train", features, ["any", "text"])
+    for said in (5, 23):
+        assert dataloader.load_split(tmp_path, "train", said).flatten(0, 1).numpy().tolist() == features.tolist()
+
+
 def test_draw_sets_has_no_image_twice():
     images = torch.arange(40.0).unsqueeze(1)
     sets = dataloader.draw_sets(images, 4, 10, torch.Generator().manual_seed(0))

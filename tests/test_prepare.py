@@ -200,6 +200,33 @@ def test_the_thinnest_stroke_survives_as_grey(at, horizontal):
     assert abs(image.mean(1).argmax() + 0.5 - (at + 0.5) * 28 / 105) < 1
 
 
+def saved(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_transparent_and_deep_drawings_mean_what_they_show():
+    """Black ink on a transparent ground, 16 bits of grey, and a drawing stored on its side."""
+    expected = omniglot.read_drawing(drawing(77), "one")
+    paper = np.asarray(Image.open(io.BytesIO(drawing(77))))
+    clear = Image.new("LA", (105, 105), (0, 0))
+    clear.putalpha(Image.fromarray(np.uint8(255) * ~paper))
+    palette = Image.fromarray(paper.astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0] * 256)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    images = {
+        "LA": saved(clear),
+        "RGBA": saved(clear.convert("RGBA")),
+        "P": saved(palette, transparency=1),
+        "16 bits": saved(Image.fromarray(paper.astype(np.uint16) * 65535)),
+        "on its side": saved(Image.fromarray(np.rot90(paper.astype(np.uint8) * 255).copy()), exif=exif),
+    }
+    for name, content in images.items():
+        assert np.array_equal(omniglot.read_drawing(content, name), expected), name
+
+
 # --- Omniglot: what is refused --------------------------------------------------------------------
 
 
@@ -243,6 +270,48 @@ def test_a_missing_drawing(refuses, tmp_path, pack, where):
     archives = entries(SMALL)
     del archives["images_evaluation"]["images_evaluation/Evaluation00/character02/0006_07.png"]
     refuses(pack(archives, tmp_path), f"{where}: Evaluation00/character02 has 19 drawings, 20 expected")
+
+
+def renamed(archives, change):
+    return {name: {change(name, path): content for path, content in files.items()} for name, files in archives.items()}
+
+
+LAYOUTS = {
+    "nested once more": lambda name, path: f"{name}/{path}",
+    "capital suffix": lambda name, path: path.replace(".png", ".PNG"),
+}
+
+
+@pytest.mark.parametrize("pack", [as_zips, as_folders])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layouts_give_the_same_bytes(small, tmp_path, pack, layout):
+    for folder, archives in (("a", entries(SMALL)), ("b", renamed(entries(SMALL), LAYOUTS[layout]))):
+        (tmp_path / folder).mkdir()
+        for name, files in archives.items():
+            files[f"{name}/{name.title()[7:]}00/character01/._0000_01.png"] = b"what macOS adds to folders"
+        result = small("--source", pack(archives, tmp_path / folder), "--out", tmp_path / f"{folder}-out")
+        assert result.returncode == 0, result.stderr
+    assert written(tmp_path / "a-out") == written(tmp_path / "b-out")
+
+
+def test_a_character_in_two_places(refuses, tmp_path):
+    archives = entries(SMALL)
+    path = min(archives["images_background"])
+    archives["images_background"][f"copy/{path}"] = drawing(5)
+    refuses(as_zips(archives, tmp_path), "images_background.zip: Background00/character01 found in ", "one expected")
+
+
+def test_inverted_and_blank_drawings(refuses, tmp_path):
+    path = "images_background/Background00/character04/0003_11.png"
+    for paper, words in ((np.zeros((105, 105), bool), "every pixel is 0"), (np.kron(np.eye(7), np.ones((15, 15))) > 0, "looks inverted")):
+        archives = entries(SMALL)
+        archives["images_background"][path] = png(paper)
+        refuses(as_zips(archives, tmp_path), "Background00/character04, drawing 11: ", words, "expected")
+
+
+def test_what_a_source_without_archives_holds_is_said(refuses, tmp_path):
+    (tmp_path / "omniglot.tar.gz").write_bytes(b"anything")
+    refuses(tmp_path, "found neither images_background.zip", "found: omniglot.tar.gz")
 
 
 def wrong_size():

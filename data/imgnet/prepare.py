@@ -9,6 +9,7 @@ works too, as long as all its classes have the same number of images.
 
 import argparse
 import csv
+import filecmp
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import re
 import signal
 import sys
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -25,7 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 SPLITS = {"train": 38400, "val": 9600, "test": 12000}  # Mini-ImageNet's own counts
@@ -89,26 +91,146 @@ def check_counts(rows):
     return problems
 
 
-def find_images(source):
-    """Where the images lie, {filename: (zip file or None, path)}, and the problems met: zips that cannot be opened.
+def keys(name):
+    """Give what a picture is found by: its name, that with any spelling of its suffix, its last part."""
+    name = unicodedata.normalize("NFC", name)  # macOS hands out NFD
+    stem, dot, suffix = name.rpartition(".")
+    suffix = suffix.lower().replace("jpeg", "jpg")
+    return name, ("path", f"{stem}{dot}{suffix}"), ("last", f"{stem.rpartition('/')[2]}{dot}{suffix}")
 
-    Reads `source`/images/ and every zip in `source`; the part of a zip's paths up to `images/` does not count.
-    A loose file comes before a zipped one.
+
+def walk(folder):
+    """Yield the files below `folder`, in links to folders as well, but not a folder in itself."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(root) + os.sep
+        real = {name: os.path.realpath(f"{root}/{name}") + os.sep for name in sorted(folders)}
+        folders[:] = [name for name in real if not here.startswith(real[name])]
+        for name in sorted(names):
+            if os.path.isfile(f"{root}/{name}") and not name.startswith("._"):
+                yield Path(root, name)
+
+
+def find_images(source):
+    """Find the images, {key: (zip file or None, path)}, and the problems met: zips that cannot be opened.
+
+    Reads `source`/images/ and every zip in `source`; the part of a zip's paths up to a folder `images/` does
+    not count. A loose file comes before a zipped one. Keys are those of `keys`; where two different files of
+    a kind have one key, a string that names both stands there. A zip without `images/` is known by its whole
+    paths alone if there is an `images/` elsewhere: it may hold masks.
     """
-    found, problems = {}, []
-    for archive in sorted(source.glob("*.zip")):
+    loose, zipped, entries, problems = {}, {}, {}, []
+    archives = sorted(path for path in source.iterdir() if path.suffix.lower() == ".zip")
+    for archive in (path for path in archives if not path.name.startswith("._")):
         try:
             with zipfile.ZipFile(archive) as file:
-                for entry in file.namelist():
-                    if not entry.endswith("/") and "__MACOSX" not in entry:
-                        found[entry.rpartition("images/")[2]] = (str(archive), entry)
+                for entry in file.infolist():
+                    last = entry.filename.rpartition("/")[2]
+                    if last and not last.startswith("._") and "__MACOSX" not in entry.filename:
+                        entries[str(archive), entry.filename] = (entry.CRC, entry.file_size)
         except (zipfile.BadZipFile, OSError) as error:
             problems.append(f"{archive}: damaged or truncated zip archive ({error})")
-    folder = source / "images"
-    for path in folder.rglob("*"):
-        if path.is_file():
-            found[path.relative_to(folder).as_posix()] = (None, str(path))
-    return found, problems
+
+    def add(index, key, place, same):
+        other = index.setdefault(key, place)
+        if not isinstance(other, str) and other != place and not same(other, place):
+            index[key] = " and ".join(": ".join(filter(None, of)) for of in (other, place))
+
+    for path in walk(source / "images"):
+        for key in keys(path.relative_to(source / "images").as_posix()):
+            add(loose, key, (None, str(path)), lambda one, other: filecmp.cmp(one[1], other[1], False))
+    rooted = bool(loose) or any("/images/" in f"/{path}" for _, path in entries)
+    for archive, path in entries:
+        _, inside, name = f"/{path}".rpartition("/images/")
+        for key in keys(name if inside else path)[: 3 if inside or not rooted else 1]:
+            add(zipped, key, (archive, path), lambda one, other: entries[one] == entries[other])
+    return zipped | loose, problems
+
+
+def place_images(rows, found):
+    """Place {split: [(filename, label)]}: {split: [place, None if missing, or a string naming two files]}.
+
+    A name without folder may lie in a subfolder, but only if none lies directly in `images/`: what else lies
+    deeper could be masks.
+    """
+
+    def look(filename, count):
+        for name in (filename, filename.removeprefix("images/")):
+            for key in keys(name)[: count if "/" not in name else 2]:
+                if key in found:
+                    return found[key]
+        return None
+
+    for count in (2, 3):
+        places = {split: [look(filename, count) for filename, _ in rows[split]] for split in rows}
+        if any(any(jobs) for jobs in places.values()):
+            break
+    return places
+
+
+def check_places(source, rows, places, found):
+    """Problems of what `place_images` gives: missing images, names of two files, files of two names."""
+    problems, owner = [], {}
+    names = sorted(key for key in found if isinstance(key, str))
+    beside = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
+    beside = [name for name in beside if not name.lower().endswith((".csv", ".zip"))]
+    beside = [name for name in beside if name != "images/" and name[0] != "."]
+    there = f"{len(names)} files found, such as {names[0]}" if names else "no file found"
+    if beside:
+        listed = ", ".join(beside[:4]) + ", ..." * (len(beside) > 4)
+        there += f"; not read: {listed}, a folder images/ or a .zip expected"
+    for split, jobs in places.items():
+        filenames = [filename for filename, _ in rows[split]]
+        missing = [filename for filename, place in zip(filenames, jobs) if place is None]
+        if missing:
+            count = f"{len(missing)} of {len(jobs)} images missing"
+            where = f"in {source}/images and the zips beside it"
+            problems.append(f"{split}.csv: {count} {where} (the first: {missing[0]})")
+        rivals = [(filename, place) for filename, place in zip(filenames, jobs) if isinstance(place, str)]
+        if rivals:
+            count = f"{len(rivals)} of {len(jobs)} names stand for different files"
+            problems.append(f"{split}.csv: {count} (the first: {rivals[0][0]}, {rivals[0][1]}), one expected")
+        for filename, place in zip(filenames, jobs):
+            first = owner.setdefault(place, filename) if isinstance(place, tuple) else filename
+            if first != filename:
+                one = ": ".join(filter(None, place))
+                problems.append(f"{split}.csv: {filename} and {first} are one file, {one}")
+                break
+    if any(None in jobs for jobs in places.values()):
+        problems.append(f"{source}: {there}")
+    return problems
+
+
+# EXIF's orientation -> what turns the picture upright
+UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
+
+
+def plain(image):
+    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
+
+    Raises ValueError where the mode's range does not hold the values.
+    """
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
+        turn = None
+    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
+        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= top):
+            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+            raise ValueError(f"{found}, 0 to {top:g} expected")
+        if isinstance(image.info.get("transparency"), int):
+            values[values == image.info["transparency"]] = top
+        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    elif image.has_transparency_data:
+        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
+        image = image.convert("RGBA")
+        for ground in ("white", "black"):
+            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+            if any(low < high for low, high in flat.getextrema()):
+                break
+        image = flat
+    return image if turn is None else image.transpose(turn)
 
 
 @lru_cache
@@ -121,7 +243,7 @@ def decode(place):
     archive, path = place
     try:
         data = open_zip(archive).read(path) if archive else Path(path).read_bytes()
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = plain(Image.open(io.BytesIO(data))).convert("RGB")
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # antialiased by Pillow, as torchvision's Resize
         return np.asarray(image)
@@ -159,12 +281,10 @@ def prepare(source):
     problems += check_counts(rows)
     found, damaged = find_images(source)
     problems += damaged
-    places = {split: [found.get(filename) for filename, _ in rows[split]] for split in rows}
-    for split, jobs in places.items():
-        missing = [filename for (filename, _), place in zip(rows[split], jobs) if place is None]
-        if missing:
-            count = f"{len(missing)} of {len(jobs)} images missing"
-            problems.append(f"{split}.csv: {count} in {source}/images and the zips beside it (the first: {missing[0]})")
+    places = place_images(rows, found)
+    problems += check_places(source, rows, places, found)
+    for jobs in places.values():
+        jobs[:] = [job if isinstance(job, tuple) else None for job in jobs]
     # A stop from the keyboard goes to the parent alone, which ends the pool.
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         arrays, broken = decode_all(places, pool)

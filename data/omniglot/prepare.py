@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 ARCHIVES = {"images_background": 964, "images_evaluation": 659}  # characters in each
@@ -44,34 +44,88 @@ def download(folder):
             raise SourceError(f"{name}.zip: download failed ({error}); fetch it yourself and pass its folder as --source") from None
 
 
+def is_drawing(path):
+    """Say whether a path is a PNG of Alphabet/characterNN/ and not one of the files that macOS adds."""
+    *folders, name = path.split("/")
+    added = name.startswith("._") or "__MACOSX" in folders
+    return len(folders) > 1 and name.lower().endswith(".png") and not added
+
+
 def open_archive(source, name):
     """The PNGs of one archive: {'Alphabet/characterNN': [bytes of its 20 drawings, in order of file name]}.
 
-    Reads `name`.zip or the folder `name` in `source`. Raises SourceError if it is missing, damaged or incomplete.
+    Reads `name`.zip or the folder `name` in `source`; folders above the alphabets do not count.
+    Raises SourceError if it is missing, damaged or incomplete.
     """
     folder, archive = source / name, source / f"{name}.zip"
-    characters = {}
+    contents = {}
     if archive.is_file():
         try:
             with zipfile.ZipFile(archive) as file:
-                for entry in sorted(file.namelist()):
-                    if entry.endswith(".png") and "__MACOSX" not in entry:
-                        characters.setdefault("/".join(entry.split("/")[-3:-1]), []).append(file.read(entry))
+                for entry in file.namelist():
+                    if is_drawing(entry):
+                        contents[entry] = file.read(entry)
         except Exception as error:  # zipfile raises many kinds for a damaged archive
             raise SourceError(f"{archive}: damaged or truncated ({error}), expected the official zip archive") from None
         where = archive
     elif folder.is_dir():
-        for path in sorted(folder.glob("*/*/*.png")):
-            characters.setdefault(f"{path.parent.parent.name}/{path.parent.name}", []).append(path.read_bytes())
+        for root, _, files in os.walk(folder, followlinks=True):
+            for path in (Path(root, file) for file in files):
+                if is_drawing(path.relative_to(source).as_posix()):
+                    contents[path.relative_to(source).as_posix()] = path.read_bytes()
         where = folder
     else:
-        raise SourceError(f"{source}: found neither {name}.zip nor a folder {name}, expected one of them")
+        there = sorted(path.name for path in source.iterdir()) if source.is_dir() else []
+        there = f"; found: {', '.join(there[:5])}" if there else ""
+        neither = f"found neither {name}.zip nor a folder {name}"
+        raise SourceError(f"{source}: {neither}, expected one of them{there}")
+    characters, places = {}, {}
+    for path in sorted(contents):
+        place, character = path.rpartition("/")[0], "/".join(path.split("/")[-3:-1])
+        if places.setdefault(character, place) != place:
+            both = f"{places[character]} and in {place}"
+            raise SourceError(f"{where}: {character} found in {both}, one expected")
+        characters.setdefault(character, []).append(contents[path])
     if len(characters) != ARCHIVES[name]:
-        raise SourceError(f"{where}: {len(characters)} characters found, {ARCHIVES[name]} expected")
+        first = f" (such as {min(contents)})" if contents else ""
+        raise SourceError(f"{where}: {len(characters)} characters found, {ARCHIVES[name]} expected{first}")
     for character, drawings in characters.items():
         if len(drawings) != DRAWINGS:
             raise SourceError(f"{where}: {character} has {len(drawings)} drawings, {DRAWINGS} expected")
     return characters
+
+
+# EXIF's orientation -> what turns the picture upright
+UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
+
+
+def plain(image):
+    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
+
+    Raises ValueError where the mode's range does not hold the values.
+    """
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
+        turn = None
+    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
+        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= top):
+            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+            raise ValueError(f"{found}, 0 to {top:g} expected")
+        if isinstance(image.info.get("transparency"), int):
+            values[values == image.info["transparency"]] = top
+        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    elif image.has_transparency_data:
+        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
+        image = image.convert("RGBA")
+        for ground in ("white", "black"):
+            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+            if any(low < high for low, high in flat.getextrema()):
+                break
+        image = flat
+    return image if turn is None else image.transpose(turn)
 
 
 def read_drawing(png, name):
@@ -82,11 +136,17 @@ def read_drawing(png, name):
     try:
         image = Image.open(io.BytesIO(png), formats=["PNG"])
         if image.size == (105, 105):
-            image = image.convert("L")
+            image = plain(image).convert("L")
     except Exception as error:  # Pillow raises many kinds for a damaged image
         raise SourceError(f"{name}: not a readable PNG ({error})") from None
     if image.size != (105, 105):
         raise SourceError(f"{name}: {image.size[0]}x{image.size[1]} pixels found, 105x105 expected")
+    low, high = image.getextrema()
+    if low == high:
+        raise SourceError(f"{name}: every pixel is {low}, expected a drawing of dark ink on white")
+    ink = 1 - np.asarray(image).mean() / 255
+    if ink > 0.5:
+        raise SourceError(f"{name}: {100 * ink:.0f} % dark, looks inverted, expected dark ink on white")
     return 255 - np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS))
 
 

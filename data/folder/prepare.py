@@ -1,0 +1,203 @@
+"""A folder of class folders of pictures -> train.npy, val.npy, test.npy, as omniglot/ or simclr/ reads them.
+
+    python data/folder/prepare.py --source DIR                 # DIR/class/picture -> 28x28 for omniglot/
+    python data/folder/prepare.py --source DIR --for simclr    # 84x84 colour with labels for simclr/
+
+Classes are shuffled by --seed and cut 64/16/20 percent, at least five a split. All classes keep as many
+pictures as the smallest has, the first by file name.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
+
+SHARES = {"val": 0.16, "test": 0.2}  # of the classes; the rest trains
+WAY = 5  # classes that an episode needs
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class SourceError(Exception):
+    """A folder that cannot be used: the message names what was found and what was expected."""
+
+
+def find_classes(source):
+    """List {class: [pictures]} of the folders in `source`. Raises SourceError for one without pictures."""
+    classes = {}
+    for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name[0] not in "._"):
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        files = [path for path in files if path.name[0] != "."]
+        if not files:
+            names = ", ".join(sorted(path.name for path in folder.iterdir())[:3])
+            found = f"no picture found ({names or 'empty'})"
+            raise SourceError(f"{folder}: {found}, a folder of class folders of pictures expected")
+        classes[folder.name] = files
+    if len(classes) < 3 * WAY:
+        found = f"{len(classes)} class folders found"
+        raise SourceError(f"{source}: {found}, at least {3 * WAY} expected, {WAY} for each of three splits")
+    return classes
+
+
+# EXIF's orientation -> what turns the picture upright
+UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
+
+
+def plain(image):
+    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
+
+    Raises ValueError where the mode's range does not hold the values.
+    """
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
+        turn = None
+    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
+        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= top):
+            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+            raise ValueError(f"{found}, 0 to {top:g} expected")
+        if isinstance(image.info.get("transparency"), int):
+            values[values == image.info["transparency"]] = top
+        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    elif image.has_transparency_data:
+        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
+        image = image.convert("RGBA")
+        for ground in ("white", "black"):
+            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+            if any(low < high for low, high in flat.getextrema()):
+                break
+        image = flat
+    return image if turn is None else image.transpose(turn)
+
+
+def read(path, size):
+    """Read a picture: (84, 84, 3) uint8 and None, or (28, 28, 1) and its ground, its border's median."""
+    try:
+        image = plain(Image.open(path))
+        if size == 84:
+            image = image.convert("RGB")
+            image = image if image.size == (84, 84) else image.resize((84, 84), Image.Resampling.BILINEAR)
+            return np.asarray(image), None
+        image = image.convert("L")
+        pixels = np.asarray(image)
+        border = int(np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])))
+        image = ImageOps.pad(image, (28, 28), Image.Resampling.LANCZOS, color=border)
+        return np.asarray(image)[..., None], border
+    except Exception as error:  # Pillow raises many kinds for a damaged picture
+        raise SourceError(f"{path}: not a readable picture ({' '.join(str(error).split())})") from None
+
+
+def find_ground(borders):
+    """Say if the ground is light or dark. Raises SourceError if under nine in ten pictures agree."""
+    light = sum(border > 127 for border in borders)
+    if 0.1 < light / len(borders) < 0.9:
+        found = f"{light} of {len(borders)} pictures have a light border"
+        raise SourceError(f"{found}, one ground for all expected: say which by --ground, or use --for simclr")
+    return "light" if 2 * light > len(borders) else "dark"
+
+
+def prepare(source, size, seed, ground):
+    """-> ({file name: array}, {split: class names}, lines that say what was decided)."""
+    classes = find_classes(source)
+    counts = {name: len(files) for name, files in classes.items()}
+    smallest = min(counts, key=counts.get)
+    least, total, notes = counts[smallest], sum(counts.values()), []
+    if least < 2:
+        raise SourceError(f"{source / smallest}: 1 picture found, at least 2 in each class expected")
+    if least < max(counts.values()):
+        left = total - least * len(counts)
+        kept = f"{least} pictures of each class kept, as many as {smallest} has"
+        notes.append(f"{kept}; {left} of {total} left out")
+    order = list(classes)
+    random.Random(seed).shuffle(order)
+    val, test = (max(WAY, round(share * len(order))) for share in SHARES.values())
+    split = {"train": order[val + test :], "val": order[:val], "test": order[val : val + test]}
+    with tqdm(total=least * len(order), desc="pictures", unit="img") as bar:
+        arrays, borders = {}, []
+        for name, members in split.items():
+            images = np.empty((len(members), least, size, size, 3 if size == 84 else 1), np.uint8)
+            for i, member in enumerate(members):
+                for j, path in enumerate(classes[member][:least]):
+                    images[i, j], border = read(path, size)
+                    borders.append(border)
+                    bar.update()
+            arrays[name] = images
+    if size == 84:
+        labels = {f"{name}_labels": np.repeat(np.arange(len(x)), least) for name, x in arrays.items()}
+        return {name: x.reshape(-1, 84, 84, 3) for name, x in arrays.items()} | labels, split, notes
+    how = "as --ground says" if ground else "as the borders of the pictures are"
+    ground = ground or find_ground(borders)
+    notes.append(f"{ground} ground, {how}: {'inverted, ' * (ground == 'light')}ink is high")
+    if ground == "light":
+        arrays = {name: 255 - x for name, x in arrays.items()}
+    for name, x in arrays.items():
+        if x.max() < 128 or x.mean() > 0.55 * 255:
+            found = f"ink up to {x.max()}, mean {x.mean():.0f}"
+            raise SourceError(f"{source}: {name} has {found}, expected up to 255 on an empty ground")
+    return arrays, split, notes
+
+
+def write_all(out, files, description, facts):
+    """Write all beside its place first, then rename; the description goes first and comes last."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
+        for name, array in files.items():
+            np.save(f"{folder}/{name}.npy", array)
+        Path(folder, description).write_text(json.dumps(facts, indent=1) + "\n")
+        Path(out, description).unlink(missing_ok=True)
+        for name in [*(f"{name}.npy" for name in files), description]:
+            os.replace(f"{folder}/{name}", out / name)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says an error in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--source", type=Path, required=True, help="folder of class folders of pictures")
+    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--for", dest="experiment", choices=["omniglot", "simclr"], default="omniglot",
+                        help="who reads them (default: omniglot)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the split into classes (default: 0)")
+    parser.add_argument("--ground", choices=["light", "dark"],
+                        help="the pictures' ground, for omniglot (default: as their borders)")  # fmt: skip
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
+    try:
+        if not args.source.is_dir():
+            raise SourceError(f"--source: {args.source} found, a folder of class folders expected")
+        size, description = (28, "split.json") if args.experiment == "omniglot" else (84, "classes.json")
+        files, split, notes = prepare(args.source, size, args.seed, args.ground)
+        facts = {"seed": args.seed, "rotations": [0], "rows": "class i is folder i"} if size == 28 else {}
+        write_all(args.out, files, description, facts | split)
+    except SourceError as error:
+        print(f"prepare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"prepare.py: error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    for line in notes:
+        print(line)
+    for name in split:
+        print(f"{args.out / name}.npy  {files[name].shape} {files[name].dtype}  {len(split[name])} classes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""data/folder/prepare.py: class folders of pictures become what omniglot/ and simclr/ read."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT, fails, load, run
+
+OMNIGLOT = ["split.json", "test.npy", "train.npy", "val.npy"]
+ARRAYS = [f"{split}{part}.npy" for split in ("train", "val", "test") for part in ("", "_labels")]
+SIMCLR = sorted(["classes.json", *ARRAYS])
+
+
+def prepare(source, out, *args):
+    return run("data/folder", "--source", source, "--out", out, *args, script="prepare.py")
+
+
+def make(folder, classes=20, members=4, light=True, mode="L", size=(56, 56)):
+    """A bar at a place of its own for each class, drawn by hand."""
+    for c in range(classes):
+        (folder / f"class{c:02d}").mkdir(parents=True)
+        for m in range(members):
+            ink = np.zeros(size[::-1], np.uint8)
+            ink[8 + m : 48 - m, 8 + 2 * c : 12 + 2 * c] = 250
+            image = Image.fromarray(255 - ink if light else ink).convert(mode)
+            image.save(folder / f"class{c:02d}/{m}.png")
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("light", [True, False])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "1"])
+def test_drawings_for_omniglot(tmp_path, light, mode):
+    result = prepare(make(tmp_path / "in", light=light, mode=mode), tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert f"{'light' if light else 'dark'} ground" in result.stdout
+    assert names(tmp_path / "out") == OMNIGLOT
+    split, classes = json.loads((tmp_path / "out/split.json").read_text()), []
+    for name, count in (("train", 10), ("val", 5), ("test", 5)):
+        images = load("omniglot", "dataloader").load_split(tmp_path / "out", name).numpy()
+        assert images.shape == (count, 4, 28, 28, 1) and np.median(images) == 0 and images.max() > 200
+        for x, member in zip(images[:, 0, 14, :, 0].astype(float), split[name]):
+            assert abs((x * np.arange(28)).sum() / x.sum() + 0.5 - (10 + 2 * int(member[5:])) / 2) < 0.2
+        classes += split[name]
+    assert sorted(classes) == names(tmp_path / "in")
+
+
+def test_pictures_for_simclr(tmp_path):
+    make(tmp_path / "in", mode="RGB", size=(120, 60))
+    assert prepare(tmp_path / "in", tmp_path / "out", "--for", "simclr").returncode == 0
+    assert names(tmp_path / "out") == SIMCLR
+    assert load("simclr", "dataloader").load_split(tmp_path / "out", "val").shape == (5, 4, 84, 84, 3)
+    split = json.loads((tmp_path / "out/classes.json").read_text())
+    expected = Image.open(tmp_path / "in" / split["val"][1] / "2.png")
+    expected = expected.resize((84, 84), Image.Resampling.BILINEAR)
+    assert (np.load(tmp_path / "out/val.npy")[4 + 2] == np.asarray(expected)).all()
+
+
+def test_the_seed_decides_the_split(tmp_path):
+    make(tmp_path / "in")
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert prepare(tmp_path / "in", tmp_path / out, "--seed", seed).returncode == 0
+    a, b, c = ([(tmp_path / out / name).read_bytes() for name in OMNIGLOT] for out in "abc")
+    assert a == b != c
+
+
+def test_unequal_classes_keep_the_smallest_count_and_say_so(tmp_path):
+    make(tmp_path / "in")
+    (tmp_path / "in/class07/0.png").unlink()
+    result = prepare(tmp_path / "in", tmp_path / "out")
+    assert "3 pictures of each class kept, as many as class07 has; 19 of 79 left out" in result.stdout
+    assert np.load(tmp_path / "out/train.npy").shape == (10, 3, 28, 28, 1)
+
+
+def test_what_is_refused(tmp_path):
+    source, out = make(tmp_path / "in"), tmp_path / "out"
+    fails(prepare(tmp_path / "nowhere", out), "--source", "nowhere")
+    few = make(tmp_path / "few", classes=14)
+    fails(prepare(few, out), "few: 14 class folders found, at least 15 expected")
+    fails(prepare(tmp_path, out), "few: no picture found (class00, class01, class02)")
+    for c in range(8):
+        for path in (source / f"class{c:02d}").iterdir():
+            Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    fails(prepare(source, out), "48 of 80 pictures have a light border", "--ground")
+    (source / "class03/2.png").write_bytes(b"not a picture")
+    fails(prepare(source, out), "class03/2.png: not a readable picture")
+    assert not out.exists()
+
+
+def test_the_copies_of_plain_are_the_same_text():
+    """Folders share text, not imports."""
+    texts = []
+    for folder in ("folder", "imgnet", "omniglot"):
+        text = (ROOT / f"data/{folder}/prepare.py").read_text()
+        start = text.index("# EXIF's orientation")
+        texts.append(text[start : text.index("image.transpose(turn)", start)])
+    assert texts[0] == texts[1] == texts[2]
