@@ -29,7 +29,6 @@ from runtime import (
     number, one_line_errors, open_folder, open_test_folder, read_config, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_metrics,
 )  # fmt: skip
 
-IMAGES_PER_CLASS = 600  # of Mini-ImageNet
 VALIDATION_SEED, TEST_SEED = 1, 2  # of the episodes: the same for every run
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
 # What a resumed run may change: where it runs and what it is tested on, not what it trains.
@@ -47,7 +46,7 @@ def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("files")
     g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/imgnet", help="folder with train_, val_ and test_features.npy")
-    g.add_argument("--images-per-class", type=count, help="images of a class, which lie together; without it, what features.json says, or 600")
+    g.add_argument("--images-per-class", type=count, help="images of a class, which lie together; without it, as features.json or the labels beside say")
     g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
     g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
     g.add_argument("--eval-only", action="store_true", help="no training, whose flags do nothing then: test --checkpoint, write test.json into --save-dir")
@@ -253,11 +252,17 @@ def load_splits(args, described):
     names = ["test"] if args.eval_only else ["train", "val", "test"]
     splits = {}
     for name in names:
-        found = args.images_per_class or IMAGES_PER_CLASS
-        expected = described.get("images_per_class", {}).get(name, found)
-        if args.images_per_class and found != expected:
-            raise UserError(f"--images-per-class: {found} found, {expected} expected as {args.data_dir / 'features.json'} says")
-        splits[name] = load_split(args.data_dir, name, expected)
+        given, expected = args.images_per_class, described.get("images_per_class", {}).get(name)
+        if given and expected and given != expected:
+            raise UserError(f"--images-per-class: {given} found, {expected} expected as {args.data_dir / 'features.json'} says")
+        known = expected or given
+        if not known and name != "train" and not (args.data_dir / f"{name}_labels.npy").exists():
+            found = f"neither features.json nor {name}_labels.npy found in {args.data_dir}"
+            raise UserError(f"--images-per-class: {found}, the number of images of a class expected (600 in Mini-ImageNet)")
+        splits[name] = load_split(args.data_dir, name, known or 1)
+        if known and name != "train" and splits[name].shape[1] != known:
+            found = f"{splits[name].shape[1]} images a class found in {name}_labels.npy"
+            raise UserError(f"{args.data_dir}: {found}, {known} expected as --images-per-class or features.json say")
     check_episodes(args.data_dir, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if not args.eval_only:
         for name in ("val", "test"):

@@ -150,8 +150,8 @@ def test_decoding_a_part_of_the_samples_is_unbiased(network, in_float64, monkeyp
     assert terms(0, 1)[2] == kl  # which keeps all samples
     values, gradients, _ = (torch.stack(part) for part in zip(*(terms(seed, 1) for seed in range(400))))
     assert values.std() > 0 and abs(values.mean() - whole) < 4 * values.std() / 20
-    errors = (gradients.mean(0) - gradient) / (gradients.std(0) / 20)  # in standard errors: about N(0, 1)
-    assert errors.square().mean() < 1.6
+    errors, single = ((found - gradient) / (gradients.std(0) / 20) for found in (gradients.mean(0), gradients[0]))
+    assert errors.square().mean() < 4 < 50 < single.square().mean()  # in standard errors; one draw is far off
 
 
 def test_decoding_all_samples_is_the_same_to_the_bit(network):

@@ -161,7 +161,7 @@ def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
     runs = [folder for folder in MIMGNET if about.items() <= runtime.read_config(folder)["features"].items()]
     assert runs
     for folder in runs:
-        flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1]
+        flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1, "--images-per-class", 600]
         result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / folder.name, *flags, timeout=300)
         assert result.returncode == 0, result.stderr
         assert_same_test(folder, tmp_path / folder.name)
