@@ -18,7 +18,7 @@ from dataloader import as_float, check_episodes, draw_episodes, load_split
 from mixture import adapt, sample_posterior
 from model import GMVAE
 from pose import canonical, pose, put_back
-from runtime import HERE, Parser, UserError, load_model, number, one_line_errors, read_config, write_atomically
+from runtime import HERE, Parser, UserError, load_model, number, one_line_errors, read_config, user_path, write_atomically
 
 COLOURS = plt.get_cmap("tab10").colors
 
@@ -27,9 +27,9 @@ def parse_args(argv=None):
     """The command line as a namespace."""
     count = number(int, 1, below=2**31)
     p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument("--checkpoint", type=Path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")
-    p.add_argument("--data-dir", type=Path, default=HERE.parent / "data/omniglot", help="folder with test.npy")
-    p.add_argument("--out", type=Path, help="folder for the figures (default: the checkpoint's)")
+    p.add_argument("--checkpoint", type=user_path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")
+    p.add_argument("--data-dir", type=user_path, default=HERE.parent / "data/omniglot", help="folder with test.npy")
+    p.add_argument("--out", type=user_path, help="folder for the figures (default: the checkpoint's)")
     p.add_argument("--way", type=number(int, 2, below=11), default=5, help="classes of the episode")
     p.add_argument("--shot", type=count, default=1, help="support images a class")
     p.add_argument("--query", type=count, default=15, help="query images a class")

@@ -27,7 +27,7 @@ from model import GMVAE
 from pose import canonical, pose, warp
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, check_compiler, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, one_line_errors, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, validated_way, write_json, write_metrics,
+    number, one_line_errors, open_folder, open_test_folder, print_in_any_encoding, restore, save_checkpoint, snapshot, use_bf16, user_path, validated_way, write_json, write_metrics,
 )  # fmt: skip
 
 VALIDATION_SHOTS = (1, 5)
@@ -47,11 +47,11 @@ def parse_args(argv=None):
     count, natural, rate = number(int, 1, below=2**31), number(int, 0, below=2**31), number(float, 0)
     p = Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("files")
-    g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/omniglot", help="folder with train.npy, val.npy, test.npy")
-    g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
+    g.add_argument("--data-dir", type=user_path, default=HERE.parent / "data/omniglot", help="folder with train.npy, val.npy, test.npy")
+    g.add_argument("--save-dir", type=user_path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
     g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
     g.add_argument("--eval-only", action="store_true", help="no training, whose flags do nothing then: test --checkpoint, write test.json into --save-dir")
-    g.add_argument("--checkpoint", type=Path, help="weights for --eval-only, or the folder of a run: its 1shot_best.pt, for more shots its 5shot_best.pt")
+    g.add_argument("--checkpoint", type=user_path, help="weights for --eval-only, or the folder of a run: its 1shot_best.pt, for more shots its 5shot_best.pt")
     g = p.add_argument_group("model")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the set network is 4 times as wide")
     g.add_argument("--latent-size", type=count, default=64, help="dimensions of the latent space")
@@ -85,7 +85,7 @@ def parse_args(argv=None):
     g.add_argument("--test-way", type=count, nargs="+", help="ways to test, whatever --way is; without it, --way, or the checkpoint's own with --eval-only")
     g.add_argument("--test-shot", type=count, nargs="+", default=[1, 5], help="shots to test")
     g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the networks in training; auto: bf16 where it is fast")
     g.add_argument("--compile", action="store_true", help="fuse the training step by torch.compile, on a GPU into CUDA graphs: a wait at the start")
     g.add_argument("--seed", type=number(int, 0, below=2**31), default=0, help="of weights, sets and noise; episodes are the same for every seed")
@@ -239,13 +239,14 @@ def train(splits, device, bf16, config, stop, args):
             history.append({"step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
             for name, r in results.items():
                 tensorboard.add_scalar(f"validation/{name}", r["accuracy"], step)
-            scores = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
-            bar.write(f"step {step}  {scores}  reconstruction {terms['reconstruction']:.1f}  KL {terms['kl']:.1f}")
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes})
             write_metrics(args.save_dir, history)
             saved = time.monotonic()
+        if validating:  # said once it is saved
+            scores = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
+            bar.write(f"step {step}  {scores}  reconstruction {terms['reconstruction']:.1f}  KL {terms['kl']:.1f}")
         if stopping:
             break
     bar.close()
@@ -273,6 +274,7 @@ def load_splits(args):
 
 def main():
     keep_memory()
+    print_in_any_encoding()
     torch.backends.cudnn.benchmark = True  # the shapes never change
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32 on a GPU too
     args = parse_args()
@@ -288,6 +290,7 @@ def main():
         splits = load_splits(args)
         run = describe_run(args, device, bf16, splits)
         splits = {name: images.to(device) for name, images in splits.items()}
+        print(f"{run['device']}, training in {run['precision']}")
         if args.eval_only:
             open_test_folder(args.save_dir, run, TEST_FLAGS)
         else:

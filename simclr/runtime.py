@@ -73,6 +73,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(text).expanduser()
+
+
 def number(kind, low, below=math.inf):
     """An argparse type: an int or float with low <= value < below."""
 
@@ -93,13 +98,15 @@ def number(kind, low, below=math.inf):
 
 
 def choose_device(name):
-    """`auto`, `cpu`, `cuda` or `cuda:N` -> torch.device, tried once. Raises UserError."""
+    """Return the torch.device of `auto`, `cpu`, `cuda`, `cuda:N` or `mps`, once a kernel has run there. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device: {name} found, auto, cpu, cuda or cuda:N expected")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise UserError(f"--device: {name} found, auto, cpu, cuda, cuda:N or mps expected")
     try:
-        return torch.empty(0, device=name).device
+        tried = torch.ones(2, device=name)
+        tried.sum().item()
+        return tried.device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: {name} found, a device of this machine expected ({in_short(error)})") from None
 
@@ -130,6 +137,13 @@ def cpu_facts():
 def cpu_name():
     named = re.search(r"^model name\s*: (.*)$", cpu_facts(), re.MULTILINE)
     return f"{named[1] if named else platform.machine()} CPU"
+
+
+def print_in_any_encoding():
+    """Have output in an encoding without some sign, such as that of an interval, show ? for it: no reason to end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def keep_memory():

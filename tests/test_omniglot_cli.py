@@ -1,6 +1,7 @@
 """The Omniglot program as a user runs it: in a process of its own, judged by its files and its exit status."""
 
 import json
+import re
 import math
 import os
 import shutil
@@ -322,6 +323,15 @@ def test_an_interrupted_test_leaves_no_numbers_of_another(whole_run, glyphs_dir,
     interrupted = "import evaluate, main\ndef stop(*args): raise KeyboardInterrupt\nevaluate.evaluate = stop\nmain.main()"
     assert run("omniglot", interrupted, *flags, "--e-step", "learned", script="-c").returncode == 130
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"config.json"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp874", "iso-8859-2"])
+def test_a_log_in_an_encoding_without_some_sign_ends_no_run(encoding, glyphs_dir, tmp_path):
+    flags = ["--data-dir=~", "--save-dir", tmp_path / "run", *TINY, "--train-iters", 1, "--eval-episodes", 2]
+    result = run("omniglot", *flags, env={"PYTHONIOENCODING": encoding, "HOME": str(glyphs_dir)})
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"5way1shot +[\d.]+ \? [\d.]+", result.stdout) and (tmp_path / "run/test.json").exists()
+    assert re.match(r".*threads, training in (fp32|bf16)\n", result.stdout)
 
 
 def test_too_large_a_step_leaves_the_folder_free(glyphs_dir, tmp_path):
