@@ -59,7 +59,7 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=count, default=16, help="sets a step")
     g.add_argument("--sample-size", type=count, default=5, help="images a set")
     g.add_argument("--train-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image in training")
-    g.add_argument("--decode-samples", type=count, help="of an image's samples, drawn anew each step, how many are decoded (default: all)")
+    g.add_argument("--decode-samples", type=count, help="of an image's samples, drawn anew each step, how many are decoded; without it, all")
     g.add_argument("--unsupervised-em-iters", type=natural, default=10, help="EM iterations on each training set")
     g.add_argument("--em-start", choices=["samples", "images"], default="samples", help="where it starts: any samples (published), or those of different images")
     g.add_argument("--fix-pi", action="store_true", help="keep the mixture weights uniform in training")

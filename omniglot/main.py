@@ -60,7 +60,7 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=count, default=4, help="sets a step")
     g.add_argument("--sample-size", type=count, default=200, help="images a set (published: 200 for 5-way, 300 for 20-way)")
     g.add_argument("--train-mc-sample-size", type=count, default=32, help="Monte-Carlo samples an image in training")
-    g.add_argument("--decode-samples", type=count, help="of an image's samples, drawn anew each step, how many are decoded (default: all)")
+    g.add_argument("--decode-samples", type=count, help="of an image's samples, drawn anew each step, how many are decoded; without it, all")
     g.add_argument("--target", choices=["drawing", "canonical"], default="drawing", help="what is decoded: the drawing (published), or it without its pose")
     g.add_argument("--target-shape", type=rate, default=0.25, help="of --target canonical: power of the covariance taken out; 0: none, 0.5: all slant and aspect")
     g.add_argument("--warp", choices=["none", "affine", "elastic"], default="none", help="of the encoder's input in training; elastic: affine as well")

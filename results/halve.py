@@ -18,10 +18,12 @@ from runtime import UserError, load_checkpoint, one_line_errors, save_checkpoint
 def halve(path):
     """Rewrites a checkpoint with float16 weights. Raises UserError if one is too large for that."""
     checkpoint = load_checkpoint(path)
-    weights = {name: value.half() if value.dtype == torch.float32 else value for name, value in checkpoint["model"].items()}
+    before = checkpoint["model"]  # batch norm's statistics are few and stay as they are
+    halved = {name for name, value in before.items() if value.dtype == torch.float32 and ".running_" not in name}
+    weights = {name: value.half() if name in halved else value for name, value in before.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"{path}: weights beyond float16 found, at most 65504 expected")
-    if any(value.dtype == torch.float32 for value in checkpoint["model"].values()):
+    if halved:
         save_checkpoint(path, checkpoint | {"model": weights})
         print(path)
 
