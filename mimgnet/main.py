@@ -296,7 +296,7 @@ def main():
         splits = load_splits(args, described)
         run = describe_run(args, device, bf16, splits) | {"features": described}
         splits = {name: images.to(device) for name, images in splits.items()}
-        print(f"{run['device']}, training in {run['precision']}")
+        print(f"{run['device']}, {'testing in fp32' if args.eval_only else 'training in ' + run['precision']}")
         if args.eval_only:
             check_width(args.data_dir, "test", splits["test"], width, path)
             check_encoder(described, path, args.data_dir)

@@ -290,7 +290,7 @@ def main():
         splits = load_splits(args)
         run = describe_run(args, device, bf16, splits)
         splits = {name: images.to(device) for name, images in splits.items()}
-        print(f"{run['device']}, training in {run['precision']}")
+        print(f"{run['device']}, {'testing in fp32' if args.eval_only else 'training in ' + run['precision']}")
         if args.eval_only:
             open_test_folder(args.save_dir, run, TEST_FLAGS)
         else:
