@@ -16,6 +16,7 @@ from runtime import UserError
 SIZE = 84
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop's area to the image's, of its width to its height
 JITTER, HUE = 0.8, 0.2  # factors of brightness, contrast, saturation from 1 - JITTER to 1 + JITTER; shift of hue in turns
+STRENGTH = SCALE[0], JITTER, HUE  # what a caller may choose of the views: crop_scale, jitter, hue
 P_FLIP, P_JITTER, P_GREY = 0.5, 0.8, 0.2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in [0, 1]
 GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B, as torchvision has them
@@ -95,12 +96,13 @@ def uniform(shape, low, high, generator):
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def draw_crops(count, generator):
+def draw_crops(count, generator, crop_scale=SCALE[0]):
     """Boxes of a random resized crop in whole pixels, left, top, width, height: (count, 4), float32.
 
-    As torchvision's RandomResizedCrop: area and log ratio uniform, up to ten tries, then the whole image.
+    As torchvision's RandomResizedCrop: area (of the image's, from crop_scale) and log ratio uniform, up to
+    ten tries, then the whole image.
     """
-    area = SIZE**2 * uniform((count, 10), *SCALE, generator)
+    area = SIZE**2 * uniform((count, 10), crop_scale, SCALE[1], generator)
     ratio = uniform((count, 10), math.log(RATIO[0]), math.log(RATIO[1]), generator).exp()
     tries = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], -1).round()  # (count, 10, 2) width, height
     fits = ((tries > 0) & (tries <= SIZE)).all(-1)
@@ -110,9 +112,12 @@ def draw_crops(count, generator):
     return torch.cat([corner, size], -1)
 
 
-def draw_jitter(count, generator):
-    """Colour jitter: factors of the four OPERATIONS (count, 4), and their order (count, 4), -1 in rows left alone."""
-    low, high = torch.tensor([1 - JITTER] * 3 + [-HUE]), torch.tensor([1 + JITTER] * 3 + [HUE])
+def draw_jitter(count, generator, strength=JITTER, hue=HUE):
+    """Colour jitter: factors of the four OPERATIONS and their order, each (count, 4), -1 in rows left alone.
+
+    As torchvision's ColorJitter: factors within `strength` of 1, none negative; hue within `hue` of 0.
+    """
+    low, high = torch.tensor([max(1 - strength, 0)] * 3 + [-hue]), torch.tensor([1 + strength] * 3 + [hue])
     factors = uniform((count, 4), low, high, generator)
     order = torch.rand(count, 4, generator=generator).argsort(-1)
     left_alone = torch.rand(count, generator=generator) >= P_JITTER
@@ -208,10 +213,11 @@ def normalise(x):
 # --- views ----------------------------------------------------------------------------------------
 
 
-def draw_views(count, generator):
+def draw_views(count, generator, strength=STRENGTH):
     """All that is random in `count` views, each independent: boxes, flip, factors, order, grey, on the CPU."""
-    boxes, flip = draw_crops(count, generator), torch.rand(count, generator=generator) < P_FLIP
-    factors, order = draw_jitter(count, generator)
+    crop_scale, *colours = strength
+    boxes, flip = draw_crops(count, generator, crop_scale), torch.rand(count, generator=generator) < P_FLIP
+    factors, order = draw_jitter(count, generator, *colours)
     return boxes, flip, factors, order, torch.rand(count, generator=generator) < P_GREY
 
 
@@ -222,14 +228,15 @@ def make_views(images, boxes, flip, factors, order, grey, size=SIZE):
     return x.index_copy_(0, rows, greyscale(x.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 
-def training_views(images, generator, size=SIZE):
-    """Both normalised views of a batch, all first ones first: uint8 (N, 84, 84, 3) -> (2 N, 3, size, size).
+def training_views(images, generator, size=SIZE, views=2, strength=STRENGTH):
+    """Normalised views of a batch, all first ones first: uint8 (N, 84, 84, 3) -> (views * N, 3, size, size).
 
     SimCLR's views without blur (released code): random resized crop, flip, colour jitter, greyscale.
     """
-    count = 2 * len(images)
+    count = views * len(images)
     at_once = count if images.is_cuda else 64  # on a CPU: what its caches hold
-    pieces = zip(*(part.split(at_once) for part in (images.repeat(2, 1, 1, 1), *draw_views(count, generator))))
+    parts = images.repeat(views, 1, 1, 1), *draw_views(count, generator, strength)
+    pieces = zip(*(part.split(at_once) for part in parts))
     return torch.cat([normalise(make_views(*piece, size)) for piece in pieces])
 
 
@@ -238,13 +245,13 @@ def plain_views(images):
     return normalise(images.permute(0, 3, 1, 2).float() / 255)
 
 
-def contact_sheet(images, views, generator, size=SIZE):
+def contact_sheet(images, views, generator, size=SIZE, strength=STRENGTH):
     """A picture of what the encoder learns from: each image beside `views` random views of it, a row an image.
 
     uint8 (N, 84, 84, 3) -> uint8 (N * 84, (1 + views) * 84, 3), views of another size scaled to this one.
     """
     count = len(images)
-    x = make_views(images.repeat_interleave(views, 0), *draw_views(count * views, generator), size)
+    x = make_views(images.repeat_interleave(views, 0), *draw_views(count * views, generator, strength), size)
     x = F.interpolate(x, SIZE)
     x = (255 * x).round().byte().permute(0, 2, 3, 1).unflatten(0, (count, views)).cpu()
     rows = torch.cat([images.unsqueeze(1).cpu(), x], 1)  # (N, 1 + views, 84, 84, 3)

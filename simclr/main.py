@@ -2,9 +2,10 @@
 
     python main.py --data-dir ../data/imgnet --save-dir runs/simclr --feature-save-dir ../data/imgnet
 
-The published recipe is the default. `--feature-save-dir` receives train_features.npy, val_features.npy, test_features.npy
-and features.json, which says what made them; `--save-dir` config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the
-exported one), tb_log/ and, with --probe, test.json. README.md has the data and the results.
+The published recipe is the default; recipes/ holds it and others, as files of flags. `--feature-save-dir`
+receives train_features.npy, val_features.npy, test_features.npy and features.json, which says what made them;
+`--save-dir` config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and, with
+--probe, test.json. README.md has the data and the results.
 """
 
 import os
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +27,24 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataloader import check_episodes, contact_sheet, epoch_order, load_split, plain_views, training_views
+from dataloader import (
+    HUE, JITTER, SCALE, check_episodes, contact_sheet, epoch_order, load_split, plain_views, training_views,
+)  # fmt: skip
 from fewshot import evaluate, logistic_regression, nearest_mean, standardise
-from model import Encoder, nt_xent, projection_head
+from model import Encoder, nt_xent, projection_head, prototypical
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
     number, one_line_errors, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_metrics,
 )  # fmt: skip
 
-SPLITS = ("train", "val", "test")
+SPLITS, LOSSES = ("train", "val", "test"), ("nt-xent", "prototypical")
 VALIDATION_SHOTS, BEST_SHOT = (1, 5), 5  # best.pt is the best at the latter: its accuracy varies less
 VALIDATION_SEED, TEST_SEED = 1, 2  # of the episodes: the same for every run
-CONSTANT_EPOCHS = 10  # before the learning rate starts to fall
+CONSTANT_EPOCHS = 10  # before the learning rate starts to fall, as published
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
 PREPARE = HERE.parent / "data/imgnet/prepare.py"
+# The flags that features.json repeats, beside the number of epochs.
+DESCRIBED = ("batch_size", "view_size", "loss", "views", "crop_scale", "jitter", "hue")
 # What a resumed run may change: where it runs and what is made of its encoder, not what it trains.
 FREE_ON_RESUME = {
     "data_dir", "save_dir", "feature_save_dir", "device", "resume", "export", "export_only", "checkpoint", "probe", "test_shot", "contact_sheet"
@@ -51,7 +57,8 @@ EXPORT_FLAGS = {
 
 def parse_args(argv=None):
     """The command line as a namespace; the published defaults."""
-    count, rate = number(int, 1, below=2**31), number(float, 0)
+    count, several = number(int, 1, below=2**31), number(int, 2, below=2**31)
+    start, rate, share = number(int, 0), number(float, 0), number(float, 0, below=1)
     p = Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("files")
     g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/imgnet", help="prepared arrays, or images/ (or zips of it) with the three CSVs")
@@ -64,11 +71,17 @@ def parse_args(argv=None):
     g.add_argument("--contact-sheet", type=Path, metavar="PNG", help="save a picture of training images and views of them, and stop")
     g = p.add_argument_group("model and training")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the features are 4 times as wide")
-    g.add_argument("--batch-size", type=number(int, 2, below=2**31), default=512, help="images a step; each gives two views")
+    g.add_argument("--loss", choices=LOSSES, default="nt-xent", help="of projections, or of the features")
+    g.add_argument("--batch-size", type=several, default=512, help="images a step; each gives --views views")
+    g.add_argument("--views", type=several, default=2, help="views of an image a step; 2 for nt-xent")
     g.add_argument("--view-size", type=number(int, 64, below=96), default=84, help="pixels of a view's side in training; features are of whole images of 84")
+    g.add_argument("--crop-scale", type=share, default=SCALE[0], help="least share of the image in a crop")
+    g.add_argument("--jitter", type=rate, default=JITTER, help="strength of brightness, contrast, saturation")
+    g.add_argument("--hue", type=share, default=HUE, help="largest shift of the hue, in turns")
     g.add_argument("--train-epochs", type=count, default=400, help="passes over the training images")
-    g.add_argument("--lr", type=rate, default=1e-3, help=f"Adam's learning rate: constant for {CONSTANT_EPOCHS} epochs, then a cosine to zero")
-    g.add_argument("--temperature", type=number(float, 1e-3), default=0.5, help="of the contrastive loss")
+    g.add_argument("--lr", type=rate, default=1e-3, help="Adam's rate: constant, then a cosine to zero")
+    g.add_argument("--constant-epochs", type=start, default=CONSTANT_EPOCHS, help="before the rate falls")
+    g.add_argument("--temperature", type=number(float, 1e-3), default=0.5, help="of the loss")
     g.add_argument("--weight-decay", type=rate, default=0.0, help="Adam's L2 penalty")
     g = p.add_argument_group("evaluation")
     g.add_argument("--freq-epochs", type=count, default=5, help="epochs between validations")
@@ -89,6 +102,8 @@ def parse_args(argv=None):
         p.error("--resume is of training, --export-only found")
     if args.checkpoint and args.export != p.get_default("export"):
         p.error(f"--export {args.export} is of the run in --save-dir, --checkpoint found")
+    if args.loss == "nt-xent" and args.views != 2:
+        p.error(f"--views: {args.views} found, 2 expected for --loss nt-xent")
     if args.probe and args.way < 2:
         p.error(f"--way: {args.way} found, at least 2 expected for --probe")
     args.feature_save_dir = args.feature_save_dir or (args.save_dir / "features" if args.debug else HERE.parent / "data/imgnet")
@@ -169,15 +184,15 @@ def probe(features, args):
 
 def learning_rate(epoch, args):
     """Adam's rate after `epoch` epochs, a fraction within one: constant at first, zero at --train-epochs."""
-    falling = (epoch - CONSTANT_EPOCHS) / max(args.train_epochs - CONSTANT_EPOCHS, 1)
+    falling = (epoch - args.constant_epochs) / max(args.train_epochs - args.constant_epochs, 1)
     return args.lr if falling <= 0 else 0.5 * args.lr * (1 + math.cos(math.pi * falling))
 
 
-def train_step(encoder, projection, optimizer, x, rate, temperature):
-    """One step of Adam on the contrastive loss of the views x (2 N, 3, 84, 84); returns the loss, on the device."""
+def train_step(encoder, projection, optimizer, x, rate, temperature, criterion=nt_xent):
+    """One step of Adam on the loss of the views x (views * N, 3, 84, 84); returns the loss, on the device."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = nt_xent(projection(encoder(x)), temperature)
+    loss = criterion(projection(encoder(x)), temperature=temperature)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -186,7 +201,8 @@ def train_step(encoder, projection, optimizer, x, rate, temperature):
 
 def about(encoder, epoch, args):
     """What every checkpoint says of its encoder: sizes, epochs and, of its training, what features.json repeats."""
-    return {"sizes": encoder.sizes, "epoch": epoch, "training": {"batch_size": args.batch_size, "view_size": args.view_size}}
+    training = {name: getattr(args, name) for name in DESCRIBED}
+    return {"sizes": encoder.sizes, "epoch": epoch, "training": training}
 
 
 def validate(encoder, images, epoch, step, history, args):
@@ -203,7 +219,12 @@ def validate(encoder, images, epoch, step, history, args):
 def train(splits, device, bf16, config, stop, args):
     """Trains from the start, or from last.pt, to --train-epochs. Leaves with status 128 + signal, after a checkpoint, once `stop` is not empty."""
     torch.manual_seed(args.seed)
-    encoder, projection = Encoder(args.hidden_size, bf16).to(device), projection_head(args.hidden_size).to(device)
+    encoder = Encoder(args.hidden_size, bf16).to(device)
+    if args.loss == "nt-xent":
+        projection, criterion = projection_head(args.hidden_size).to(device), nt_xent
+    else:
+        projection, criterion = torch.nn.Identity(), partial(prototypical, views=args.views)
+    strength = args.crop_scale, args.jitter, args.hue
     parameters = [*encoder.parameters(), *projection.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(args.seed)  # of the views; the order of an epoch follows from its number
@@ -223,7 +244,8 @@ def train(splits, device, bf16, config, stop, args):
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
-    heap, losses = Heap(), LossLog(("nt_xent",), tensorboard)
+    term = args.loss.replace("-", "_")
+    heap, losses = Heap(), LossLog((term,), tensorboard)
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(total=total, initial=start, desc=args.save_dir.name, unit="step", mininterval=quiet, dynamic_ncols=True)
@@ -233,9 +255,10 @@ def train(splits, device, bf16, config, stop, args):
         if order is None or position == 0:
             order = epoch_order(images, args.seed, epoch).to(device)
         encoder.train()
-        x = training_views(images[order[position * args.batch_size : (position + 1) * args.batch_size]], generator, args.view_size)
+        batch = images[order[position * args.batch_size : (position + 1) * args.batch_size]]
+        x = training_views(batch, generator, args.view_size, args.views, strength)
         rate = learning_rate((step - 1) / steps, args)
-        losses.add(train_step(encoder, projection, optimizer, x, rate, args.temperature))
+        losses.add(train_step(encoder, projection, optimizer, x, rate, args.temperature, criterion))
         heap.tidy()
         bar.update()
         validating = step % (args.freq_epochs * steps) == 0 or step == total
@@ -245,14 +268,15 @@ def train(splits, device, bf16, config, stop, args):
             terms = losses.flush(step)
             bar.set_postfix({"epoch": epoch + 1, **{name: f"{value:.3f}" for name, value in terms.items()}}, refresh=False)
         if saving and not all(p.isfinite().all() for p in parameters):
-            raise UserError(f"step {step}: a weight is not finite (nt_xent {terms['nt_xent']}), finite ones expected")
+            found = f"{term} {terms[term]}"
+            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected")
         if validating:
             results = validate(encoder, splits["val"], epoch + 1, step, history, args)
             history.append({"epoch": epoch + 1, "step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
             for name, r in results.items():
                 tensorboard.add_scalar(f"validation/{name}", r["accuracy"], step)
             scores = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
-            bar.write(f"epoch {epoch + 1}  {scores}  NT-Xent {terms['nt_xent']:.3f}")
+            bar.write(f"epoch {epoch + 1}  {scores}  {args.loss} {terms[term]:.3f}")
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | about(encoder, step // steps, args))
@@ -333,7 +357,9 @@ def main():
         splits = load_splits(args)
         if args.contact_sheet:
             rows = splits["train"][:16, 0].to(device)
-            picture = Image.fromarray(contact_sheet(rows, 9, torch.Generator().manual_seed(args.seed), args.view_size))
+            draws = torch.Generator().manual_seed(args.seed)
+            strength = args.crop_scale, args.jitter, args.hue
+            picture = Image.fromarray(contact_sheet(rows, 9, draws, args.view_size, strength))
             write_atomically(args.contact_sheet, lambda temporary: picture.save(temporary, "png"))
             return
         run = describe_run(args, device, bf16, splits)

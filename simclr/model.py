@@ -1,6 +1,6 @@
-"""SimCLR: an image encoder trained so that two views of the same image have similar projections.
+"""SimCLR: an image encoder trained so that views of an image have similar projections, or features.
 
-Symbols: N images of a batch, so 2 N views; h features (the encoder's output), z projections.
+Symbols: N images of a batch, so 2 N views (or more); h features (the encoder's output), z projections.
 """
 
 import torch
@@ -56,3 +56,19 @@ def nt_xent(z, temperature):
     z = F.normalize(z, dim=-1)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # a view is no candidate for itself
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+
+def prototypical(h, views, temperature):
+    """Cross-entropy of finding each view's image by one other view of every image, in nats a pair of views.
+
+    h (views * N, width), float32: rows i, i + N, i + 2 N, ... are views of the same image, each in turn the
+    prototype for the others. For a query q and prototypes p_1, ..., p_N, one view of each image, the logits
+    are -|q - p_j|^2 / temperature: the prototypical network (Snell et al., NeurIPS 2017, equation 2) with one
+    shot, an image as a class. A softmax is over different images: views of one image are never rivals.
+    """
+    n = len(h) // views
+    h = h - h.mean(0)  # |p|^2 and q p would otherwise be large and cancel
+    logits = (2 * h @ h.T - h.square().sum(-1)) / temperature  # without |q|^2: it is in every term
+    row, view = torch.arange(len(h), device=h.device).unsqueeze(1), torch.arange(views, device=h.device)
+    image = torch.where(row // n == view, -100, row % n)  # -100: a view is no prototype for itself
+    return F.cross_entropy(logits.view(-1, n), image.flatten(), ignore_index=-100)

@@ -54,6 +54,38 @@ def test_nt_xent_has_the_literal_gradient():
     assert torch.autograd.gradcheck(lambda z: model.nt_xent(z, 0.3), z)
 
 
+def literal_prototypical(h, views, t):
+    """One prototype view and one query view at a time; the terms of one image are in different softmaxes."""
+    n = len(h) // views
+    terms = []
+    for v in range(views):  # of the prototypes
+        for u in set(range(views)) - {v}:  # of the queries
+            for i in range(n):
+                near = [(-(h[u * n + i] - h[v * n + j]).square().sum() / t).exp() for j in range(n)]
+                terms.append(-(near[i] / sum(near)).log())
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("views", [2, 4])
+def test_prototypical_is_the_literal_definition(views):
+    h = torch.randn(views * 5, 7, generator=generator(), dtype=torch.float64, requires_grad=True)
+    ours, expected = model.prototypical(h, views, 3.0), literal_prototypical(h, views, 3.0)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert torch.allclose(*(torch.autograd.grad(loss, h)[0] for loss in (ours, expected)), rtol=1e-9)
+    assert torch.autograd.gradcheck(lambda h: model.prototypical(h, views, 3.0), h)
+    far = (h.detach() + 1000).float()  # float32 suffices where the distances are small beside the features
+    assert model.prototypical(far, views, 3.0).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_views_of_an_image_are_no_rivals_of_each_other():
+    n, views = 2, 4
+    h = torch.zeros(views, n, 3)
+    h[:, 1, 0] = 100  # the other image is far away
+    assert model.prototypical(h.flatten(0, 1), views, 1.0) < 1e-6  # a rival at distance 0 would cost log 2
+    h[:, :, 1] = 10 * torch.arange(views).unsqueeze(1)  # the second view is nearer to the first
+    assert model.prototypical(h.flatten(0, 1), views, 1.0) < 1e-6
+
+
 def test_parameter_counts():
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     encoder = model.Encoder()
@@ -124,12 +156,14 @@ def ks_distance(a, b):
     return (share(a) - share(b)).abs().max().item()
 
 
-def test_crops_are_distributed_as_torchvisions():
+@pytest.mark.parametrize("scale", [0.08, 0.2])
+def test_crops_are_distributed_as_torchvisions(scale):
     n, blank = 6000, torch.empty(3, 84, 84)
     torch.manual_seed(0)
-    theirs = torch.tensor([RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]).float()
+    draw = lambda: RandomResizedCrop.get_params(blank, [scale, 1.0], [3 / 4, 4 / 3])  # noqa: E731
+    theirs = torch.tensor([draw() for _ in range(n)]).float()
     t_top, t_left, t_height, t_width = theirs.T
-    left, top, width, height = data.draw_crops(n, generator()).T
+    left, top, width, height = data.draw_crops(n, generator(), scale).T
     critical = 1.95 * math.sqrt(2 / n)  # passed by chance with probability 1e-3
     for name, a, b in (
         ("area", width * height, t_width * t_height), ("ratio", width / height, t_width / t_height), ("width", width, t_width),
@@ -137,14 +171,16 @@ def test_crops_are_distributed_as_torchvisions():
     ):  # fmt: skip
         assert ks_distance(a, b) < critical, name
     assert (left >= 0).all() and (top >= 0).all() and (left + width <= 84).all() and (top + height <= 84).all()
-    assert (width * height / 84**2).min() > 0.07 and (width / height).max() < 1.45
+    assert scale - 0.01 < (width * height / 84**2).min() < scale + 0.02 and (width / height).max() < 1.45
 
 
-def test_jitter_is_distributed_as_torchvisions():
-    n, ranges = 6000, ([0.2, 1.8], [0.2, 1.8], [0.2, 1.8], [-0.2, 0.2])
+@pytest.mark.parametrize("strength, hue", [(0.8, 0.2), (0.4, 0.1), (1.5, 0.5)])
+def test_jitter_is_distributed_as_torchvisions(strength, hue):
+    n, jitter = 6000, ColorJitter(strength, strength, strength, hue)
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
     torch.manual_seed(0)
     theirs = [ColorJitter.get_params(*ranges) for _ in range(n)]
-    factors, order = data.draw_jitter(n, generator())
+    factors, order = data.draw_jitter(n, generator(), strength, hue)
     for i, (low, high) in enumerate(ranges):
         assert ks_distance(factors[:, i], torch.tensor([draw[i + 1] for draw in theirs])) < 1.95 * math.sqrt(2 / n)
         assert factors[:, i].min() >= low and factors[:, i].max() <= high
@@ -174,6 +210,31 @@ def test_the_two_views_of_an_image_differ_and_repeat_with_the_seed():
     assert (views >= low - 1e-5).all() and (views <= high + 1e-5).all()
 
 
+def test_four_views_come_in_order_and_are_independent():
+    x, gentle = images(30), (0.2, 0.4, 0.1)
+    views = data.training_views(x, generator(5), 64, 4, gentle)
+    assert views.shape == (120, 3, 64, 64)
+    draws = data.draw_views(120, generator(5), gentle)
+    for v in range(4):  # rows v N to (v + 1) N: one view of every image, in the batch's order
+        rows = slice(30 * v, 30 * v + 30)
+        expected = data.normalise(data.make_views(x, *(part[rows] for part in draws), 64))
+        assert torch.allclose(views[rows], expected, atol=1e-5)
+    boxes, flip, factors, order, grey = data.draw_views(4 * 3000, generator(), gentle)
+    area = boxes[:, 2] * boxes[:, 3] / 84**2
+    assert 0.19 < area.min() < 0.21 and factors[:, 3].abs().max() <= 0.1
+    assert 0.6 <= factors[:, :3].min() and factors[:, :3].max() <= 1.4
+    for number in (area, factors[:, 0], factors[:, 3], flip.float(), grey.float()):
+        assert number.view(4, -1).corrcoef().fill_diagonal_(0).abs().max() < 0.075  # four views of one image
+
+
+def test_the_published_views_are_the_default():
+    x = images(8)
+    published = data.training_views(x, generator(), 84, 2, (0.08, 0.8, 0.2))
+    assert data.training_views(x, generator()).equal(published)
+    args = main.parse_args([])
+    assert (args.loss, args.views, args.crop_scale, args.jitter, args.hue) == ("nt-xent", 2, 0.08, 0.8, 0.2)
+
+
 def test_epochs_see_every_image_once_in_another_order():
     first, second = (data.epoch_order(torch.empty(50, 1), 0, epoch) for epoch in (0, 1))
     assert first.sort().values.equal(torch.arange(50)) and not first.equal(second)
@@ -190,6 +251,8 @@ def test_learning_rate_is_constant_then_falls_to_zero():
     rates = [main.learning_rate(10 + i / 10, args) for i in range(301)]
     assert all(a > b for a, b in zip(rates, rates[1:])) and rates[150] == pytest.approx(5e-4) and rates[-1] == pytest.approx(0, abs=1e-12)
     assert main.learning_rate(2.9, main.parse_args(["--train-epochs", "3"])) == 1e-3
+    args = main.parse_args(["--train-epochs", "12", "--constant-epochs", "0"])
+    assert [main.learning_rate(e, args) for e in (0, 6, 12)] == pytest.approx([1e-3, 5e-4, 0])
 
 
 def test_episode_accuracies_against_loops():

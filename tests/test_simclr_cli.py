@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,11 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads would only wait for each other 
 TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --way 2 --query 1 --eval-episodes 6 --test-shot 1 2 --device cpu".split()
 
 # What features.json says of a run with these flags, beside the encoder's checksum.
-TINY_FEATURES = {"train_epochs": 3, "batch_size": 8, "view_size": 84, "images_per_class": {"train": 6, "val": 6, "test": 6}}
+TINY_FEATURES = {
+    "train_epochs": 3, "batch_size": 8, "view_size": 84,
+    "loss": "nt-xent", "views": 2, "crop_scale": 0.08, "jitter": 0.8, "hue": 0.2,
+    "images_per_class": {"train": 6, "val": 6, "test": 6},
+}  # fmt: skip
 
 
 def run(folder, *args, **options):
@@ -169,6 +174,42 @@ def test_a_polite_stop_leaves_a_checkpoint(whole_run, tmp_path):
     assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
 
 
+GENTLE = "--crop-scale 0.2 --jitter 0.4 --hue 0.1 --view-size 64 --views 4".split()
+PROTOTYPICAL = ["--loss", "prototypical", "--temperature", 20, "--constant-epochs", 0, *GENTLE]
+
+
+def test_a_prototypical_run_resumes_as_if_never_interrupted(data_dir, tmp_path):
+    flags = ["--data-dir", data_dir, *TINY, *PROTOTYPICAL]
+    whole, features = tmp_path / "whole", tmp_path / "features"
+    result = run("simclr", *flags, "--save-dir", whole, "--feature-save-dir", features)
+    assert result.returncode == 0, result.stderr
+    assert metrics(whole)[0].keys() == {"epoch", "step", "prototypical", "2way1shot", "2way5shot"}
+    said = json.loads((features / "features.json").read_text())
+    views = {"views": 4, "view_size": 64, "crop_scale": 0.2, "jitter": 0.4, "hue": 0.1}
+    assert said.pop("encoder_crc32") > 0 and said == TINY_FEATURES | views | {"loss": "prototypical"}
+    assert said == said | torch.load(whole / "encoder.pt", weights_only=True)["training"]
+    flags = [*flags, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
+    assert run("simclr", STOPPED, *flags, script="-c").returncode == 128 + signal.SIGTERM
+    fails(run("simclr", *flags, "--resume", "--views", 3), "--views: 3 found, 4 expected")
+    assert run("simclr", *flags, "--resume").returncode == 0
+    assert_same_run(whole, features, tmp_path / "s", tmp_path / "f")
+
+
+def recipe(name):
+    """The flags of a recipe file."""
+    lines = (ROOT / "simclr/recipes" / f"{name}.txt").read_text().splitlines()
+    return [word for line in lines for word in shlex.split(line, comments=True)]
+
+
+def test_recipes():
+    main = load("simclr", "main")
+    assert main.parse_args(recipe("published")) == main.parse_args([])
+    args = main.parse_args(recipe("prototypical"))
+    assert args.loss == "prototypical" and args.constant_epochs < args.train_epochs
+    steps = 38_400 // args.batch_size
+    assert args.train_epochs * steps * args.batch_size * args.views == pytest.approx(2e6, rel=0.05)
+
+
 def test_a_smoke_run_keeps_its_features_to_itself():
     main = load("simclr", "main")
     assert main.parse_args([]).feature_save_dir == ROOT / "data/imgnet"
@@ -221,6 +262,11 @@ def fails_here(capsys, monkeypatch, words, *args):
     (["--view-size", "63 found"], ["--view-size", 63]),
     (["--lr", "-1"], ["--lr=-1"]),
     (["--temperature"], ["--temperature", 0]),
+    (["--views: 4 found, 2 expected for --loss nt-xent"], ["--views", 4]),
+    (["--views", "1 found"], ["--loss", "prototypical", "--views", 1]),
+    (["--crop-scale", "1.5 found"], ["--crop-scale", 1.5]),
+    (["--jitter", "-1 found"], ["--jitter=-1"]),
+    (["--loss", "triplet"], ["--loss", "triplet"]),
     (["--checkpoint goes with --export-only"], ["--checkpoint", "x.pt"]),
     (["--export", "middle"], ["--export", "middle"]),
     (["24 images found, at least --batch-size 25"], ["--batch-size", 25]),
