@@ -37,7 +37,7 @@ RECIPES = {
 FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}  # what the fast recipe changes
 # Ours: the decoder draws the character without its pose.
 CANONICAL = FAST | {"target", "warp", "kl_weight"}
-HEADLINES = {"omniglot-canonical", "omniglot-canonical-no-em", "omniglot-5way-long", "mimgnet-5way-simclr-fast", "simclr-fast"}  # in README.md
+HEADLINES = {"omniglot-canonical", "omniglot-5way-long", "mimgnet-5way-simclr-fast", "simclr-fast"}  # in README.md
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 SIMCLR = {"batch_size": 512, "view_size": 84}
@@ -63,9 +63,8 @@ def recipe(experiment, run):
     parts = [(args["train_iters"], STEPS[experiment], "steps")]
     if changed == ["train_mc_sample_size"]:
         name = f"published, trained with {args[changed[0]]} Monte-Carlo samples"
-    elif args.get("target") == "canonical" and set(changed) - CANONICAL <= {"semisupervised_em_iters"}:
-        queries = "" if args["semisupervised_em_iters"] else ", support means in place of EM on the queries"
-        name, parts = f"ours: drawings without their pose{queries}", []
+    elif args.get("target") == "canonical" and set(changed) <= CANONICAL:
+        name, parts = "ours: drawings without their pose", []
     elif changed:
         name, parts = "fast" if set(changed) <= FAST else f"another: {', '.join(f'{key} {args[key]}' for key in changed)}", []
     else:

@@ -34,7 +34,7 @@ from fewshot import evaluate, logistic_regression, nearest_mean, standardise
 from model import Encoder, nt_xent, projection_head, prototypical
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, one_line_errors, open_folder, open_test_folder, restore, save_checkpoint, snapshot, use_bf16, write_atomically, write_json, write_metrics,
+    number, one_line_errors, open_folder, open_test_folder, print_in_any_encoding, restore, save_checkpoint, snapshot, use_bf16, user_path, write_atomically, write_json, write_metrics,
 )  # fmt: skip
 
 SPLITS, LOSSES = ("train", "val", "test"), ("nt-xent", "prototypical")
@@ -61,14 +61,14 @@ def parse_args(argv=None):
     start, rate, share = number(int, 0), number(float, 0), number(float, 0, below=1)
     p = Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("files")
-    g.add_argument("--data-dir", type=Path, default=HERE.parent / "data/imgnet", help="prepared arrays, or images/ (or zips of it) with the three CSVs")
-    g.add_argument("--save-dir", type=Path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
-    g.add_argument("--feature-save-dir", type=Path, help="folder for the three feature files; without it, data/imgnet, or <save-dir>/features with --debug")
+    g.add_argument("--data-dir", type=user_path, default=HERE.parent / "data/imgnet", help="prepared arrays, or images/ (or zips of it) with the three CSVs")
+    g.add_argument("--save-dir", type=user_path, default=Path("runs/default"), help="folder this run writes; must not hold another run")
+    g.add_argument("--feature-save-dir", type=user_path, help="folder for the three feature files; without it, data/imgnet, or <save-dir>/features with --debug")
     g.add_argument("--resume", action="store_true", help="continue the run in --save-dir from its last.pt, or start it where there is none")
     g.add_argument("--export", choices=["best", "last"], default="last", help="epoch to write features of; best: on validation episodes")
     g.add_argument("--export-only", action="store_true", help="no training, whose flags do nothing then: write the features of --checkpoint")
-    g.add_argument("--checkpoint", type=Path, help="encoder for --export-only; without it the one in --save-dir that --export names")
-    g.add_argument("--contact-sheet", type=Path, metavar="PNG", help="save a picture of training images and views of them, and stop")
+    g.add_argument("--checkpoint", type=user_path, help="encoder for --export-only; without it the one in --save-dir that --export names")
+    g.add_argument("--contact-sheet", type=user_path, metavar="PNG", help="save a picture of training images and views of them, and stop")
     g = p.add_argument_group("model and training")
     g.add_argument("--hidden-size", type=count, default=64, help="channels of the convolutions; the features are 4 times as wide")
     g.add_argument("--loss", choices=LOSSES, default="nt-xent", help="of projections, or of the features")
@@ -346,6 +346,7 @@ def check_feature_dir(folder):
 
 def main():
     keep_memory()
+    print_in_any_encoding()
     torch.backends.cudnn.benchmark = True  # the shapes never change
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32 on a GPU too
     args = parse_args()
