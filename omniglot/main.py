@@ -148,9 +148,8 @@ def kl_weight(step, args):
 
 def views(x, generator, args):
     """Return what the encoder sees of a batch x (B, M, 28, 28, 1) and what the decoder is to draw of it."""
-    flat = x.flatten(0, 1)
-    target = canonical(flat, pose(flat, args.target_shape)).view_as(x) if args.target == "canonical" else x
-    return (x if args.warp == "none" else warp(flat, args.warp, generator).view_as(x)), target
+    target = canonical(x, pose(x, args.target_shape)) if args.target == "canonical" else x
+    return (x if args.warp == "none" else warp(x, args.warp, generator)), target
 
 
 def train_step(model, optimizer, x, step, args, generator):
