@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
 from folders import ROOT, load
 from pairs import COMPILED, PAIRS, difference
 
-runtime = load("omniglot", "runtime")
+machine, runtime = load("omniglot", "machine"), load("omniglot", "runtime")
 SECONDS = 12  # of timing, for each part of a measurement: 6 calls if they take longer, 3 of the plain version
 
 
@@ -56,7 +56,7 @@ def use_allocator(version):
     """`keep_memory` is part of our version only. For the plain one: a stock process, whose thresholds have risen to their highest."""
     libc = glibc()
     if version == "ours":
-        runtime.keep_memory()
+        machine.keep_memory()
     elif libc:
         trim_threshold, mmap_threshold, mmap_max, arena_max = -1, -3, -4, -8  # malloc.h
         for option, value in ((mmap_max, 65536), (mmap_threshold, 32 * 2**20), (trim_threshold, 64 * 2**20), (arena_max, 0)):
@@ -199,7 +199,7 @@ def bench(args, device, bf16):
         row["ours"]["share_of_matmul_rate"] = row["ours"]["flop"] / row["ours"]["seconds"] / rates[row["precision"]]
     show(HEADER, map(cells, rows.values()))
     print(", ".join(f"{precision} matrix product {rate / 1e12:.3g} TFLOP/s" for precision, rate in rates.items()))
-    return {**machine(args, device), "precision": "bf16" if bf16 else "fp32", "matmul_flop_per_second": rates, "measurements": rows}
+    return {**about(args, device), "precision": "bf16" if bf16 else "fp32", "matmul_flop_per_second": rates, "measurements": rows}
 
 
 def measure_apart(name):
@@ -214,12 +214,12 @@ def measure_apart(name):
         return json.loads(report.read_text())["measurements"][name]
 
 
-def machine(args, device):
+def about(args, device):
     """Where and how it was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else runtime.cpu_name()
+    described = runtime.describe_run({}, device, None, {})
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
-    facts = {"device": name, "threads": torch.get_num_threads(), "versions": versions, "tiny": args.tiny}
-    return {"command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "git_commit": runtime.git_commit(), **facts}
+    facts = {"device": described["device"].partition(",")[0], "threads": torch.get_num_threads(), "versions": versions, "tiny": args.tiny}
+    return {"command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "git_commit": described["git_commit"], **facts}
 
 
 def compare_precision(args, device):
@@ -247,12 +247,12 @@ def compare_precision(args, device):
             pairs = [[r[c]["accuracy"] if isinstance(r[c], dict) else r[c] for r in (line, other)] for c in columns]
             table.append([seed, str(line["step"]), *(f"{a:.2f} / {b:.2f}" for a, b in pairs)])
     show(["fp32 / bf16", "step", *columns], table)
-    return {**machine(args, device), "recipe": recipe, "runs": runs}
+    return {**about(args, device), "recipe": recipe, "runs": runs}
 
 
 def parse_args(argv=None):
-    count = runtime.number(int, 1)
-    p = runtime.Parser(description=__doc__.split("\n")[0])
+    count = machine.number(int, 1)
+    p = machine.Parser(description=__doc__.split("\n")[0])
     p.add_argument("--only", nargs="+", choices=PAIRS, metavar="NAME", help=f"measure these alone: {', '.join(PAIRS)} (default: all; compiled ones on a GPU alone)")
     p.add_argument("--baseline", action="store_true", help="measure the plain version as well and print the ratios")
     p.add_argument("--repeat", type=count, help=f"timings of each part (default: about {SECONDS} seconds' worth); seeds of --compare-precision (default: 2)")
@@ -270,11 +270,9 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    torch.backends.cudnn.benchmark = True  # as the programs have it; it favours the plain version
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as the programs have it
-    with runtime.one_line_errors():
-        device = runtime.choose_device(args.device)
-        bf16 = runtime.use_bf16(args.precision, device)
+    with machine.program():  # with the programs' settings of torch, which favour the plain version
+        device = machine.choose_device(args.device)
+        bf16 = machine.use_bf16(args.precision, device)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
         report = compare_precision(args, device) if args.compare_precision else bench(args, device, bf16)
@@ -286,7 +284,7 @@ def main():
             print(path)
         for row in report.get("measurements", {}).values():
             if "difference" in row and not row["difference"] <= row["tolerance"]:
-                raise runtime.UserError(f"{row['title']}: results {row['difference']:.2g} from the plain version's found, at most {row['tolerance']} expected")
+                raise machine.UserError(f"{row['title']}: results {row['difference']:.2g} from the plain version's found, at most {row['tolerance']} expected")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import UserError
+from machine import UserError
+from runtime import read_config
 
 
 def read_description(data_dir):
@@ -23,7 +24,9 @@ def read_description(data_dir):
     except (ValueError, KeyError, TypeError, AttributeError):
         counts = [None]
     if not all(isinstance(count, int) and count > 0 for count in counts):
-        raise UserError(f"{path}: not readable, the images per class of every split expected, as simclr/main.py writes them")
+        raise UserError(
+            f"{path}: not readable, the images per class of every split expected, as simclr/main.py writes them"
+        )
     return description
 
 
@@ -61,7 +64,9 @@ def load_split(data_dir, split, images_per_class):
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; make it with simclr/main.py, option --feature-save-dir") from None
+        raise UserError(
+            f"{path}: not found; make it with simclr/main.py, option --feature-save-dir"
+        ) from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
@@ -76,14 +81,18 @@ def load_split(data_dir, split, images_per_class):
     elif split == "train" and len(array) % images_per_class and beside.exists():
         images_per_class = len(array)
     elif len(array) % images_per_class:
-        raise UserError(f"{path}: {len(array)} images, expected a multiple of --images-per-class {images_per_class}")
+        raise UserError(
+            f"{path}: {len(array)} images, expected a multiple of --images-per-class {images_per_class}"
+        )
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
         array = array.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(array).all(1))
     if bad:
         raise UserError(f"{path}: {bad} images with NaN or infinite features, expected finite float32 values")
     if array.min() < 0:
-        raise UserError(f"{path}: features down to {array.min()} found, none below zero expected: the decoder ends in a ReLU")
+        raise UserError(
+            f"{path}: features down to {array.min()} found, none below zero expected: the decoder ends in a ReLU"
+        )
     return torch.from_numpy(array).unflatten(0, (-1, images_per_class))
 
 
@@ -92,7 +101,9 @@ def check_episodes(data_dir, split, images, ways, shots, query):
     path = Path(data_dir) / f"{split}_features.npy"
     classes, per_class = images.shape[:2]
     if classes < max(ways):
-        raise UserError(f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes")
+        raise UserError(
+            f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes"
+        )
     if per_class < max(shots) + query:
         raise UserError(
             f"{path}: {per_class} images a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
@@ -105,6 +116,58 @@ def check_width(data_dir, split, images, width, source):
     if found != width:
         path = Path(data_dir) / f"{split}_features.npy"
         raise UserError(f"{path}: {found} features an image, expected {width} as in {source}")
+
+
+def check_encoder(described, path, data_dir):
+    """Check that features are of the encoder that a checkpoint was trained on, as far as both are known.
+
+    Raises UserError.
+    """
+    trained_on = read_config(path.parent).get("features", {})
+    for name, unit in (("train_epochs", "epochs of SimCLR"), ("encoder_crc32", "as the encoder's checksum")):
+        found, expected = (of.get(name) for of in (described, trained_on))
+        if found and expected and found != expected:
+            file = data_dir / "features.json"
+            raise UserError(
+                f"{file}: features of {found} {unit} found, of {expected} expected, as {path} was trained on"
+            )
+
+
+def load_splits(args, described):
+    """Load the arrays that a run needs, {split: tensor}; check them against its flags. Raises UserError.
+
+    `described` comes from `read_description`.
+    """
+    folder, splits = args.data_dir, {}
+    for name in ["test"] if args.eval_only else ["train", "val", "test"]:
+        given, expected = args.images_per_class, described.get("images_per_class", {}).get(name)
+        if given and expected and given != expected:
+            file = folder / "features.json"
+            raise UserError(f"--images-per-class: {given} found, {expected} expected as {file} says")
+        known = expected or given
+        if not known and name != "train" and not (folder / f"{name}_labels.npy").exists():
+            found = f"neither features.json nor {name}_labels.npy found in {folder}"
+            expected = "the number of images of a class expected (600 in Mini-ImageNet)"
+            raise UserError(f"--images-per-class: {found}, {expected}")
+        splits[name] = load_split(folder, name, known or 1)
+        if known and name != "train" and splits[name].shape[1] != known:
+            found = f"{splits[name].shape[1]} images a class found in {name}_labels.npy"
+            raise UserError(f"{folder}: {found}, {known} expected as --images-per-class or features.json say")
+    check_episodes(folder, "test", splits["test"], args.test_way, args.test_shot, args.query)
+    if args.eval_only:
+        return splits
+    for name in ("val", "test"):
+        check_width(folder, name, splits[name], splits["train"].shape[-1], "train_features.npy")
+    check_episodes(folder, "val", splits["val"], [args.way], [args.shot], args.query)
+    found, needed = splits["train"].shape[:2].numel(), args.batch_size * args.sample_size
+    if found < needed:
+        expected = f"at least --batch-size x --sample-size = {needed} expected"
+        raise UserError(f"{folder / 'train_features.npy'}: {found} images found, {expected}")
+    most = args.sample_size * args.train_mc_sample_size
+    if args.way > most:
+        expected = f"at most --sample-size x --train-mc-sample-size = {most} expected"
+        raise UserError(f"--way: {args.way} found, {expected}: a component starts at a sample")
+    return splits
 
 
 def draw_sets(images, sets, sample_size, generator):

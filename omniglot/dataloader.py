@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import UserError
+from machine import UserError
+
+SHOTS = (1, 5)  # of validation episodes
 
 
 def check_ink(path, images):
-    """Raises UserError for values of the right form that cannot be ink on an empty ground.
+    """Check that values of the right form can be ink on an empty ground. Raises UserError.
 
     Those are blank, faint or inverted images, and classes and drawings swapped. A mean of one half, as grey
     noise has it, is accepted.
@@ -40,7 +42,7 @@ def check_ink(path, images):
 
 
 def load_split(data_dir, split):
-    """One split, `<split>.npy`: a tensor (classes, drawings, 28, 28, 1), uint8 as it is or float32 in [0, 1].
+    """Load a split, `<split>.npy`: a tensor (classes, drawings, 28, 28, 1), uint8 or float32 in [0, 1].
 
     Raises UserError for a missing or damaged file, a wrong shape or dtype, values outside [0, 1] or NaN, and
     what `check_ink` refuses.
@@ -49,11 +51,20 @@ def load_split(data_dir, split):
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; make it with data/omniglot/prepare.py or data/glyphs/prepare.py") from None
+        raise UserError(
+            f"{path}: not found; make it with data/omniglot/prepare.py or data/glyphs/prepare.py"
+        ) from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 5 or array.shape[2:] != (28, 28, 1) or 0 in array.shape:
-        raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (classes, drawings, 28, 28, 1)")
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 5
+        or array.shape[2:] != (28, 28, 1)
+        or 0 in array.shape
+    ):
+        raise UserError(
+            f"{path}: shape {getattr(array, 'shape', None)}, expected (classes, drawings, 28, 28, 1)"
+        )
     if array.dtype == np.uint8:
         if array.max() < 2:
             raise UserError(f"{path}: uint8 values up to {array.max()}, expected ink up to 255")
@@ -69,24 +80,46 @@ def load_split(data_dir, split):
 
 
 def check_episodes(data_dir, split, images, ways, shots, query):
-    """Raises UserError unless the split has the classes and drawings that the episodes need."""
+    """Check that a split has the classes and drawings that its episodes need. Raises UserError."""
     path = Path(data_dir) / f"{split}.npy"
     classes, drawings = images.shape[:2]
     if classes < max(ways):
-        raise UserError(f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes")
-    if drawings < max(shots) + query:
         raise UserError(
-            f"{path}: {drawings} drawings a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
+            f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes"
         )
+    if drawings < max(shots) + query:
+        expected = f"expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
+        raise UserError(f"{path}: {drawings} drawings a class, {expected}")
+
+
+def load_splits(args):
+    """Load the arrays that a run needs, {split: tensor}; check them against its flags. Raises UserError."""
+    folder = args.data_dir
+    splits = {
+        name: load_split(folder, name) for name in (["test"] if args.eval_only else ["train", "val", "test"])
+    }
+    check_episodes(folder, "test", splits["test"], args.test_way, args.test_shot, args.query)
+    if args.eval_only:
+        return splits
+    check_episodes(folder, "val", splits["val"], [args.way], SHOTS, args.query)
+    found, needed = splits["train"].shape[:2].numel(), args.batch_size * args.sample_size
+    if found < needed:
+        expected = f"at least --batch-size x --sample-size = {needed} expected"
+        raise UserError(f"{folder / 'train.npy'}: {found} images found, {expected}")
+    most = args.sample_size * args.train_mc_sample_size
+    if args.way > most:
+        expected = f"at most --sample-size x --train-mc-sample-size = {most} expected"
+        raise UserError(f"--way: {args.way} found, {expected}: a component starts at a sample")
+    return splits
 
 
 def as_float(images):
-    """Stored images as the networks read them: float32 in [0, 1]."""
+    """Return stored images as the networks read them: float32 in [0, 1]."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def draw_sets(images, sets, sample_size, generator):
-    """One training batch: `sets` disjoint sets of distinct unlabeled images.
+    """Draw a training batch: `sets` disjoint sets of distinct unlabeled images.
 
     images (N, 28, 28, 1) -> float32 (sets, sample_size, 28, 28, 1) in [0, 1].
     """
@@ -95,7 +128,7 @@ def draw_sets(images, sets, sample_size, generator):
 
 
 def draw_episodes(images, way, shot, query, count, seed):
-    """Indices of few-shot episodes into images.flatten(0, 1): (count, way, shot + query), support first.
+    """Draw few-shot episodes, indices into images.flatten(0, 1): (count, way, shot + query), support first.
 
     Drawn on the CPU from `seed` alone, so that every validation, run and machine sees the same episodes.
     """

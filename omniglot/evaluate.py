@@ -1,12 +1,16 @@
-"""Few-shot evaluation: episodes of a split, the accuracy of each, their mean and interval."""
+"""Few-shot evaluation: episodes of a split, the accuracy of each, their mean and interval. The same in both folders."""
 
 import functools
+import json
 
 import torch
 
-from dataloader import as_float, draw_episodes
-from runtime import UserError
+from dataloader import draw_episodes
+from machine import UserError
+from model import load_model
+from runtime import write
 
+TEST_SEED = 2  # of the episodes: the same for every run
 NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that episodes draw from
 
 
@@ -14,63 +18,59 @@ NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that episodes draw from
 def encode_all(model, images):
     """Encode every image: in evaluation mode each is encoded alone, so once is enough.
 
-    images (classes, drawings, 28, 28, 1) -> (classes * drawings, width). cuDNN does not search for the fastest kernels
+    images (classes, members, ...) -> (classes * members, width). cuDNN does not search for the fastest kernels
     meanwhile: it may find others the next time, and with them other last bits.
     """
     at_once = 1000 if images.is_cuda else 200
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    features = torch.cat([model.encode(as_float(batch)) for batch in images.flatten(0, 1).split(at_once)])
+    features = torch.cat([model.encode(batch) for batch in images.flatten(0, 1).split(at_once)])
     torch.backends.cudnn.benchmark = searching
     return features
 
 
 @functools.lru_cache(maxsize=1)
 def noise_pool(samples, latent_size, device):
-    """Draw NOISE_POOL images' worth of Monte-Carlo noise (NOISE_POOL, S, D); return the generator's state after it too.
-
-    Kept from one evaluation to the next.
-    """
+    """Draw NOISE_POOL images' worth of Monte-Carlo noise, (NOISE_POOL, S, D); kept for the next evaluation."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(NOISE_POOL, samples, latent_size, generator=generator).to(device), generator.get_state()
-
-
-def split(members, shot):
-    """Split episodes (B, way, shot + query, ...) into support (B, way, shot, ...) and query (B, way query, ...)."""
-    return members[:, :, :shot], members[:, :, shot:].flatten(1, 2)
+    return torch.randn(NOISE_POOL, samples, latent_size, generator=generator).to(device)
 
 
 @torch.no_grad()
 def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit"):
     """Return the accuracy of each episode, in percent: (episodes,).
 
-    features (images, width) from `encode_all`; episodes (count, way, shot + query) from `draw_episodes`.
-    Support and query pass the set network together (transductive). Every episode picks its images' noise from
-    one pool made on the CPU, so that every device and every validation sees the same. Raises UserError for NaN.
+    features (images, width) from `encode_all`; episodes (count, way, shot + query) from `draw_episodes`. Support and
+    query pass the set network together (transductive). An episode takes its images' noise from somewhere in one pool
+    made on the CPU, the same on every device. Raises UserError for NaN.
     """
     count, way, members = episodes.shape
-    generator = torch.Generator()
-    pool, state = noise_pool(samples, model.sizes["latent_size"], features.device)
-    generator.set_state(state)
-    picks = torch.randint(NOISE_POOL, (count, way * members), generator=generator).to(features.device)
+    pool = noise_pool(samples, model.sizes["latent_size"], features.device)
+    somewhere = torch.randint(NOISE_POOL, (count, 1), generator=torch.Generator().manual_seed(1))
+    picks = ((somewhere + torch.arange(way * members)) % NOISE_POOL).to(features.device)
+    episodes = torch.cat([part.flatten(1) for part in episodes.split([shot, members - shot], -1)], 1)
     labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
     at_once = 2**20 if features.is_cuda else 2**14  # samples; on a CPU: what its caches hold
     at_once = max(1, at_once // (way * members * samples))
-    accuracies, finite = [], []
-    for index, pick in zip(episodes.flatten(1).to(features.device).split(at_once), picks.split(at_once)):
-        support, query = split(features[index].unflatten(1, (way, members)), shot)
-        first, second = split(pool[pick].unflatten(1, (way, members)), shot)
-        noise = torch.cat([first.flatten(1, 2), second], 1)
-        probabilities = model.predict_encoded(support, query, noise, em_iters, reading)
-        accuracies.append(100 * (probabilities.argmax(-1) == labels).float().mean(-1))
-        finite.append(probabilities.isfinite().all())
-    if not torch.stack(finite).all():  # NaN would count as the first class
+    accuracies = []
+    for index, pick in zip(episodes.to(features.device).split(at_once), picks.split(at_once)):
+        probabilities = model.predict_encoded(features[index], way, shot, pool[pick], em_iters, reading)
+        accuracy = 100 * (probabilities.argmax(-1) == labels).float().mean(-1)
+        accuracies.append(accuracy.where(probabilities.isfinite().all(-1).all(-1), torch.nan))
+    accuracies = torch.cat(accuracies).cpu()
+    if accuracies.isnan().any():  # else it would count as the first class
         found = "class probabilities that are NaN found, finite ones expected"
         raise UserError(f"evaluation: {found}; are the weights or the data too large?")
-    return torch.cat(accuracies).cpu()
+    return accuracies
+
+
+def summary(accuracies):
+    """Return mean and 95 % interval, 1.96 std / sqrt(episodes), in percent."""
+    ci95 = 1.96 * accuracies.std(correction=0).item() / len(accuracies) ** 0.5
+    return {"accuracy": accuracies.mean().item(), "ci95": ci95, "episodes": len(accuracies)}
 
 
 def evaluate_split(model, images, ways, shots, seed, args):
-    """Return {'5way1shot': {accuracy, ci95, episodes}, ...}: mean and 1.96 std / sqrt(episodes), in percent.
+    """Return {'5way1shot': accuracies of the episodes, ...}.
 
     In float32 whatever the training's precision, so that a checkpoint scores the same on every machine.
     """
@@ -81,9 +81,20 @@ def evaluate_split(model, images, ways, shots, seed, args):
         for shot in shots:
             episodes = draw_episodes(images, way, shot, args.query, args.eval_episodes, seed)
             sizes = args.test_mc_sample_size, args.semisupervised_em_iters
-            accuracy = evaluate(model, features, episodes, shot, *sizes, args.e_step)
-            ci95 = 1.96 * accuracy.std(correction=0).item() / len(accuracy) ** 0.5
-            cell = {"accuracy": accuracy.mean().item(), "ci95": ci95, "episodes": len(accuracy)}
-            results[f"{way}way{shot}shot"] = cell
+            results[f"{way}way{shot}shot"] = evaluate(model, features, episodes, shot, *sizes, args.e_step)
     model.bf16 = trained_in
     return results
+
+
+def test(weights, images, args):
+    """Test checkpoints, {path: shots}; print the table and write it, with every episode's accuracy, to test.json."""
+    cells = {}
+    for path, shots in weights.items():
+        model = load_model(path).to(images.device)
+        model.sizes["set_attention"] &= not args.no_set_attention
+        for name, accuracies in evaluate_split(model, images, args.test_way, shots, TEST_SEED, args).items():
+            cells[name] = summary(accuracies) | {"accuracies": [round(a, 2) for a in accuracies.tolist()]}
+    for name, r in cells.items():
+        print(f"test  {name:>12}  {r['accuracy']:6.2f} ± {r['ci95']:.2f} %  ({r['episodes']} episodes)")
+    lines = ",\n".join(f'"{name}": {json.dumps(cell)}' for name, cell in cells.items())
+    write(args.save_dir / "test.json", f"{{\n{lines}\n}}\n")

@@ -5,8 +5,8 @@
 Writes components.png, latents.png and, where a metrics.jsonl lies beside the checkpoint, curves.png.
 """
 
+import io
 import json
-from pathlib import Path
 
 import matplotlib
 
@@ -16,9 +16,10 @@ import torch
 
 from dataloader import as_float, check_episodes, draw_episodes, load_split
 from mixture import adapt, sample_posterior
-from model import GMVAE
+from machine import HERE, Parser, UserError, number, program, user_path
+from model import load_model
 from pose import canonical, pose, put_back
-from runtime import HERE, Parser, UserError, load_model, number, one_line_errors, read_config, user_path, write_atomically
+from runtime import read_config, write
 
 COLOURS = plt.get_cmap("tab10").colors
 
@@ -27,14 +28,23 @@ def parse_args(argv=None):
     """The command line as a namespace."""
     count = number(int, 1, below=2**31)
     p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument("--checkpoint", type=user_path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")
-    p.add_argument("--data-dir", type=user_path, default=HERE.parent / "data/omniglot", help="folder with test.npy")
+    p.add_argument(
+        "--checkpoint", type=user_path, required=True, help="a model, e.g. runs/5way/5shot_best.pt"
+    )
+    p.add_argument(
+        "--data-dir", type=user_path, default=HERE.parent / "data/omniglot", help="folder with test.npy"
+    )
     p.add_argument("--out", type=user_path, help="folder for the figures (default: the checkpoint's)")
     p.add_argument("--way", type=number(int, 2, below=11), default=5, help="classes of the episode")
     p.add_argument("--shot", type=count, default=1, help="support images a class")
     p.add_argument("--query", type=count, default=15, help="query images a class")
     p.add_argument("--samples", type=count, default=32, help="Monte-Carlo samples an image")
-    p.add_argument("--episode", type=number(int, 0, below=2**31), default=0, help="which episode of test classes: its seed")
+    p.add_argument(
+        "--episode",
+        type=number(int, 0, below=2**31),
+        default=0,
+        help="which episode of test classes: its seed",
+    )
     args = p.parse_args(argv)
     args.out = args.out or args.checkpoint.parent
     return args
@@ -57,7 +67,9 @@ def fit_episode(model, images, args):
 
 def save(figure, path):
     """Small: the figures are read in a README."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90, bbox_inches="tight"))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
+    write(path, buffer.getbuffer())
     plt.close(figure)
     print(path)
 
@@ -81,7 +93,10 @@ def components(model, x, mu, var, path, shape=None, columns=8, seed=0):
             "generated from each component": drawn, "in the pose of the real ones": put_back(drawn, poses),
         }  # fmt: skip
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 0.62 * len(mu) + 0.6))
-    ticks = {"yticks": [14 + 28 * k for k in range(len(mu))], "yticklabels": [f"class {k + 1}" for k in range(len(mu))]}
+    ticks = {
+        "yticks": [14 + 28 * k for k in range(len(mu))],
+        "yticklabels": [f"class {k + 1}" for k in range(len(mu))],
+    }
     for axis, (title, images) in zip(axes, panels.items()):
         rows = images.view(len(mu), columns, 28, 28)
         axis.imshow(1 - rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1), cmap="gray", vmin=0, vmax=1)
@@ -96,8 +111,12 @@ def latents(mean, before, mu, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True)
     for axis, means, title in zip(axes, (before, mu), ("before EM: support means", "after EM")):
         for k in range(len(mean)):
-            axis.scatter(*((mean[k] - centre) @ plane).mT, s=18, color=COLOURS[k], alpha=0.7, label=f"class {k + 1}")
-            axis.scatter(*((means[k] - centre) @ plane), s=220, marker="*", color=COLOURS[k], edgecolor="black")
+            axis.scatter(
+                *((mean[k] - centre) @ plane).mT, s=18, color=COLOURS[k], alpha=0.7, label=f"class {k + 1}"
+            )
+            axis.scatter(
+                *((means[k] - centre) @ plane), s=220, marker="*", color=COLOURS[k], edgecolor="black"
+            )
         axis.set(title=title, xlabel="first axis")
     axes[0].set_ylabel("second axis")
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), title="dot: image\nstar: component")
@@ -115,7 +134,11 @@ def curves(metrics, path):
     axes[0].legend()
     axes[1].plot(steps, [line["reconstruction"] for line in lines], marker=".")
     axes[2].plot(steps, [line["kl"] for line in lines], marker=".")
-    for axis, title, unit in zip(axes, ("validation accuracy", "reconstruction term", "KL term"), ("%", "nats an image", "nats an image")):
+    for axis, title, unit in zip(
+        axes,
+        ("validation accuracy", "reconstruction term", "KL term"),
+        ("%", "nats an image", "nats an image"),
+    ):
         axis.set(title=title, xlabel="step", ylabel=unit)
     figure.tight_layout()
     save(figure, path)
@@ -123,14 +146,16 @@ def curves(metrics, path):
 
 def main():
     args = parse_args()
-    with one_line_errors():
-        model, images = load_model(args.checkpoint, GMVAE), load_split(args.data_dir, "test")
+    with program():
+        model, images = load_model(args.checkpoint), load_split(args.data_dir, "test")
         if model.sizes["latent_size"] < 2:
-            raise UserError(f"{args.checkpoint}: a latent space of {model.sizes['latent_size']} dimension found, at least 2 expected to draw a plane of")
+            raise UserError(
+                f"{args.checkpoint}: a latent space of {model.sizes['latent_size']} dimension found, at least 2 expected to draw a plane of"
+            )
         check_episodes(args.data_dir, "test", images, [args.way], [args.shot], args.query)
         args.out.mkdir(parents=True, exist_ok=True)
         x, mean, before, mu, var = fit_episode(model, images, args)
-        trained = (read_config(args.checkpoint.parent) or {"args": {}})["args"]
+        trained = read_config(args.checkpoint.parent).get("args", {})
         shape = trained.get("target_shape") if trained.get("target") == "canonical" else None
         components(model, x, mu, var, args.out / "components.png", shape)
         latents(mean, before, mu, args.out / "latents.png")

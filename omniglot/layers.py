@@ -58,7 +58,9 @@ class OneChannel(torch.autograd.Function):
     def backward(ctx, grad):
         # stride, padding, dilation, transposed, output padding, groups
         geometry = [2, 2], [1, 1], [1, 1], True, [0, 0], 1
-        return torch.ops.aten.convolution_backward(grad, *ctx.saved_tensors, None, *geometry, [True, True, False])[:2]
+        return torch.ops.aten.convolution_backward(
+            grad, *ctx.saved_tensors, None, *geometry, [True, True, False]
+        )[:2]
 
 
 def overlap(taps, dim):

@@ -79,7 +79,7 @@ def adapt(support, query, iters, reading="unit"):
     support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples.
     -> mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit" variance (released code), the variance
     "learned" so far (paper, figure 1), "tied", learned but shared by the classes (their mean, weighted by their
-    samples), or "hard": unit variance, each sample wholly in its likeliest class (k-means).
+    samples), or "k-means": unit variance, each sample wholly in its likeliest class.
     Without iterations: support means, variance 1.
     """
     B, K, n, D = support.shape
@@ -88,7 +88,7 @@ def adapt(support, query, iters, reading="unit"):
     mu, var, query2 = first / n, torch.ones_like(first), query.square()
     for step in range(iters):
         resp = e_step(query, pi, mu, var if reading in ("learned", "tied") else None)
-        if reading == "hard":
+        if reading == "k-means":
             resp = torch.zeros_like(resp).scatter_(-2, resp.argmax(-2, keepdim=True), 1)
         weight = n + resp.sum(-1, keepdim=True)
         mu = (first + resp @ query) / weight

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from layers import ConvTranspose, frozen_bias
+from machine import UserError, in_short
 from mixture import classify, fit_prior, log_posterior, log_prior, sample_posterior
+from runtime import load_checkpoint
 
 
 class SetAttention(nn.Module):
@@ -28,8 +30,12 @@ class SetAttention(nn.Module):
 
     def forward(self, x):
         B, M, width = x.shape
-        q, k, v = self.qkv(x).view(B, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, M, width / heads)
-        h = q + (q * width**-0.5 @ k.mT).softmax(-1) @ v  # sets are short: faster than torch's fused attention on a CPU
+        q, k, v = (
+            self.qkv(x).view(B, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, M, width / heads)
+        h = (
+            q + (q * width**-0.5 @ k.mT).softmax(-1) @ v
+        )  # sets are short: faster than torch's fused attention on a CPU
         h = h.transpose(1, 2).reshape(B, M, width)
         return h + self.out(h).relu()
 
@@ -67,8 +73,12 @@ class GMVAE(nn.Module):
         c, width = hidden_size, 4 * hidden_size
         self.sizes = {"hidden_size": hidden_size, "latent_size": latent_size, "set_attention": set_attention}
         self.bf16 = bf16
-        self.encoder = nn.Sequential(ConvBlock(1, c), ConvBlock(c, c), ConvBlock(c, c), ConvBlock(c, c), nn.Flatten())
-        self.set_network = nn.Sequential(SetAttention(width), SetAttention(width), nn.Linear(width, 2 * latent_size))
+        self.encoder = nn.Sequential(
+            ConvBlock(1, c), ConvBlock(c, c), ConvBlock(c, c), ConvBlock(c, c), nn.Flatten()
+        )
+        self.set_network = nn.Sequential(
+            SetAttention(width), SetAttention(width), nn.Linear(width, 2 * latent_size)
+        )
         self.decoder = nn.Sequential(
             nn.Linear(latent_size, width), nn.ELU(),
             nn.Linear(width, width), nn.ELU(),
@@ -85,7 +95,8 @@ class GMVAE(nn.Module):
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and enabled)
 
     def encode(self, x):
-        """Encode images alone: (N, 28, 28, 1) float in [0, 1] -> features (N, 4 * hidden_size)."""
+        """Encode images alone: (N, 28, 28, 1), float in [0, 1] or bytes -> features (N, 4 * hidden_size)."""
+        x = x / 255 if x.dtype == torch.uint8 else x
         with self.autocast(x):
             return self.encoder(x.permute(0, 3, 1, 2))
 
@@ -109,7 +120,16 @@ class GMVAE(nn.Module):
             return self.decoder(z).float().permute(0, 2, 3, 1)
 
     def forward(
-        self, x, samples, components, em_iters, fix_pi=False, generator=None, start="samples", decoded=None, target=None
+        self,
+        x,
+        samples,
+        components,
+        em_iters,
+        fix_pi=False,
+        generator=None,
+        start="samples",
+        decoded=None,
+        target=None,
     ):
         """Return both terms of the negative evidence lower bound, in nats an image; their sum is the objective.
 
@@ -134,29 +154,42 @@ class GMVAE(nn.Module):
         return bce / (B * M * z.shape[2]), kl
 
     @torch.no_grad()
-    def predict_encoded(self, support, query, noise, em_iters=10, reading="unit"):
-        """Classify the query images of episodes from their features: `classify` on samples of the posterior.
+    def predict_encoded(self, h, way, shot, noise, em_iters=10, reading="unit"):
+        """Classify the query images of episodes from features: `classify` on samples of the posterior.
 
-        support (B, K, shot, width), query (B, Q, width), noise (B, K shot + Q, S, D), the support's first ->
-        probabilities (B, Q, K). Support and query pass the set network together (transductive).
+        h (B, way shot + Q, width), the support first, class by class; noise (B, way shot + Q, S, D) -> probabilities
+        (B, Q, way). Support and query pass the set network together (transductive).
         """
-        mean, log_var = self.posterior(torch.cat([support.flatten(1, 2), query], 1))
+        mean, log_var = self.posterior(h)
         z = sample_posterior(mean, log_var, noise)
-        first, second = z.split([support.shape[1] * support.shape[2], query.shape[1]], dim=1)
-        return classify(first.unflatten(1, support.shape[1:3]), second, em_iters, reading)
+        support, query = z[:, : way * shot], z[:, way * shot :]
+        return classify(support.unflatten(1, (way, shot)), query, em_iters, reading)
 
     @torch.no_grad()
     def predict(self, support, query, samples=32, em_iters=10, reading="unit", seed=0):
         """Classify query images given a few labeled ones of each class; the model in evaluation mode.
 
-        support (way, shot, 28, 28, 1), query (N, 28, 28, 1), ink = 1 -> probabilities
-        (N, way). The queries are looked at together (transductive); without EM on them: em_iters=0. `seed` is of
-        the Monte-Carlo samples.
+        support (way, shot, 28, 28, 1), query (N, 28, 28, 1), ink = 1 -> probabilities (N, way). The queries are
+        looked at together (transductive); without EM on them: em_iters=0. `seed` is of the Monte-Carlo samples.
         """
+        way, shot = support.shape[:2]
         h = self.encode(torch.cat([support.flatten(0, 1), query]))
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(h), samples, self.sizes["latent_size"], generator=generator).to(h.device)
-        first, second = h.split([support.shape[:2].numel(), len(query)])
-        return self.predict_encoded(
-            first.unflatten(0, support.shape[:2])[None], second[None], noise[None], em_iters, reading
-        )[0]
+        return self.predict_encoded(h[None], way, shot, noise[None], em_iters, reading)[0]
+
+
+def load_model(path):
+    """Load a trained model, in evaluation mode: a checkpoint's weights, or their average if it has one.
+
+    Raises UserError.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        model = GMVAE(**checkpoint["sizes"])
+        model.load_state_dict(checkpoint.get("average") or checkpoint["model"])
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this experiment ({in_short(error)})") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: weights that are NaN or infinite found, finite ones expected")
+    return model.eval()

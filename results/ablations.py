@@ -28,7 +28,7 @@ DATA = {"omniglot": "data/omniglot", "mimgnet": "data/imgnet"}
 WAYS = "--test-way 5 10 15 20"
 TEST = [
     "",  # the protocol itself
-    "--e-step learned", "--e-step hard",
+    "--e-step learned", "--e-step k-means",
     "--semisupervised-em-iters 0", "--semisupervised-em-iters 1", "--semisupervised-em-iters 2",
     "--semisupervised-em-iters 5", "--semisupervised-em-iters 20",
     "--test-mc-sample-size 1", "--test-mc-sample-size 4", "--test-mc-sample-size 128",
@@ -93,16 +93,16 @@ def active(data_dir):
     sys.path.insert(0, str(RESULTS.parent / "omniglot"))
     import torch
     from dataloader import draw_sets, load_split
-    from model import GMVAE
-    from runtime import load_model, one_line_errors
+    from model import load_model
+    from machine import program
 
     path = OUT / "active.json"
     counts = json.loads(path.read_text()) if path.exists() else {}  # the trainings' weights are not in the repository
-    with one_line_errors(), torch.inference_mode():
+    with program(), torch.inference_mode():
         images = load_split(data_dir or RESULTS.parent / DATA["omniglot"], "val").flatten(0, 1)
         sets = draw_sets(images, len(images) // 200, 200, torch.Generator().manual_seed(0))
         for weights in [*sorted(RESULTS.glob("omniglot-*/1shot_best.pt")), *sorted(OUT.glob("*/1shot_best.pt"))]:
-            model = load_model(weights, GMVAE)
+            model = load_model(weights)
             terms = [model.posterior(model.encode(x).unsqueeze(0)) for x in sets]
             name = weights.parent.name
             counts[name] = [active_dims(*(torch.cat(parts, 1)[0] for parts in zip(*terms))), model.sizes["latent_size"]]

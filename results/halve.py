@@ -12,7 +12,8 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
-from runtime import UserError, load_checkpoint, one_line_errors, save_checkpoint  # noqa: E402
+from machine import UserError, program  # noqa: E402
+from runtime import load_checkpoint, save_checkpoint  # noqa: E402
 
 
 def halve(path):
@@ -29,7 +30,7 @@ def halve(path):
 
 
 def main():
-    with one_line_errors():
+    with program():
         for path in sorted(RESULTS.glob("*-*/*best.pt")):
             halve(path)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime import UserError
+from machine import UserError
 
 SIZE = 84
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop's area to the image's, of its width to its height

@@ -10,13 +10,13 @@ from dataloader import draw_episodes
 
 
 def standardise(features, reference):
-    """Features with the mean and standard deviation of `reference` taken out, each of the last dimension's on its own."""
+    """Take the mean out of each feature and divide by the standard deviation, as `reference` has them."""
     mean, std = reference.flatten(0, -2).mean(0), reference.flatten(0, -2).std(0)
     return (features - mean) / std.clamp_min(1e-6)
 
 
 def nearest_mean(features, episodes, shot):
-    """Accuracy of each episode in percent when a query image goes to the class with the nearest support mean: (count,).
+    """Return each episode's accuracy in percent if a query goes to the class with the nearest mean: (count,).
 
     features (images, width), episodes (count, way, shot + query) from `draw_episodes`.
     """
@@ -31,7 +31,7 @@ def nearest_mean(features, episodes, shot):
 
 
 def logistic_regression(features, episodes, shot):
-    """Accuracy of each episode in percent, by scikit-learn's logistic regression on its support images: (count,)."""
+    """Return each episode's accuracy in percent, by logistic regression on its support images: (count,)."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
@@ -40,14 +40,18 @@ def logistic_regression(features, episodes, shot):
     y_support, y_query = y.repeat(shot), y.repeat(members - shot)
     accuracies = []
     with threadpool_limits(1):  # the problems are so small that threads would mostly wait for each other
-        for index in tqdm(episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=0.1 if sys.stderr.isatty() else 30):
+        for index in tqdm(
+            episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=0.1 if sys.stderr.isatty() else 30
+        ):
             support, query = features[index[:, :shot].ravel()], features[index[:, shot:].ravel()]
-            accuracies.append(100 * LogisticRegression(max_iter=1000).fit(support, y_support).score(query, y_query))
+            accuracies.append(
+                100 * LogisticRegression(max_iter=1000).fit(support, y_support).score(query, y_query)
+            )
     return torch.tensor(accuracies)
 
 
 def evaluate(features, classify, shots, seed, args):
-    """{'5way1shot': {accuracy, ci95, episodes}, ...}: mean and 1.96 std / sqrt(episodes) of `classify`, in percent.
+    """Return {'5way1shot': {accuracy, ci95, episodes}, ...}: mean and 1.96 std / sqrt(episodes), in percent.
 
     features (classes, n, width), standardised.
     """
@@ -56,5 +60,9 @@ def evaluate(features, classify, shots, seed, args):
         episodes = draw_episodes(features, args.way, shot, args.query, args.eval_episodes, seed)
         accuracy = classify(features.flatten(0, 1), episodes, shot)
         ci95 = 1.96 * accuracy.std(correction=0).item() / len(accuracy) ** 0.5
-        results[f"{args.way}way{shot}shot"] = {"accuracy": accuracy.mean().item(), "ci95": ci95, "episodes": len(accuracy)}
+        results[f"{args.way}way{shot}shot"] = {
+            "accuracy": accuracy.mean().item(),
+            "ci95": ci95,
+            "episodes": len(accuracy),
+        }
     return results

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from machine import UserError, in_short
+from runtime import load_checkpoint
+
 
 class ConvBlock(nn.Module):
     """3x3 convolution, batch norm, 2x2 max-pool (odd sizes rounded down), ReLU.
@@ -24,16 +27,18 @@ class ConvBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Conv5: (N, 3, 84, 84) normalised images -> float32 features h (N, 4 * hidden_size); 150,144 parameters at the defaults.
+    """Conv5: (N, 3, 84, 84) normalised images -> float32 features h (N, 4 * hidden_size); 150,144 parameters.
 
-    With bf16 the convolutions run under autocast. The published features are 256 wide (paper, Mini-ImageNet experiment).
+    With bf16 the convolutions run under autocast. Published features are 256 wide (paper, Mini-ImageNet).
     """
 
     def __init__(self, hidden_size=64, bf16=False):
         super().__init__()
         c = hidden_size
         self.sizes, self.bf16 = {"hidden_size": hidden_size}, bf16
-        self.blocks = nn.Sequential(ConvBlock(3, c), *(ConvBlock(c, c) for _ in range(4)), nn.Flatten())  # 84, 42, 21, 10, 5, 2
+        self.blocks = nn.Sequential(
+            ConvBlock(3, c), *(ConvBlock(c, c) for _ in range(4)), nn.Flatten()
+        )  # 84, 42, 21, 10, 5, 2
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
@@ -42,7 +47,7 @@ class Encoder(nn.Module):
 
 
 def projection_head(hidden_size=64):
-    """h -> z, used in training only: 4 * hidden_size -> the same -> ReLU -> 128; 98,688 parameters at the defaults."""
+    """Make h -> z, used in training only: 4 * hidden_size -> the same -> ReLU -> 128; 98,688 parameters."""
     width = 4 * hidden_size
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))
 
@@ -50,8 +55,8 @@ def projection_head(hidden_size=64):
 def nt_xent(z, temperature):
     """Normalised-temperature cross-entropy of 2 N views, in nats a view (SimCLR, ICML 2020, equation 1).
 
-    z (2 N, width), float32: rows i and i + N are views of the same image. For each view the other one is to be
-    picked out of the 2 N - 1 others by cosine similarity / temperature.
+    z (2 N, width), float32: rows i and i + N are views of the same image. Of each view the other one is to be
+    found among the 2 N - 1 others by cosine similarity / temperature.
     """
     z = F.normalize(z, dim=-1)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # a view is no candidate for itself
@@ -72,3 +77,19 @@ def prototypical(h, views, temperature):
     row, view = torch.arange(len(h), device=h.device).unsqueeze(1), torch.arange(views, device=h.device)
     image = torch.where(row // n == view, -100, row % n)  # -100: a view is no prototype for itself
     return F.cross_entropy(logits.view(-1, n), image.flatten(), ignore_index=-100)
+
+
+def load_model(path):
+    """Load a trained encoder, in evaluation mode: a checkpoint's weights, or their average if it has one.
+
+    Raises UserError.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        model = Encoder(**checkpoint["sizes"])
+        model.load_state_dict(checkpoint.get("average") or checkpoint["model"])
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this experiment ({in_short(error)})") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: weights that are NaN or infinite found, finite ones expected")
+    return model.eval()

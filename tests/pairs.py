@@ -113,10 +113,7 @@ def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
     S, iters = args.test_mc_sample_size, args.semisupervised_em_iters
     episodes = dataloader.draw_episodes(images, way, shot, args.query, count, seed=0)
     members = shot + args.query
-    draws = torch.Generator().manual_seed(0)  # those of `evaluate`
-    pool = torch.randn(evaluation.NOISE_POOL, S, args.latent_size, generator=draws)
-    picks = torch.randint(evaluation.NOISE_POOL, (count, way * members), generator=draws)[:at_once]
-    noise = pool[picks].unflatten(1, (way, members)).to(device)
+    noise = plain.episode_noise(evaluation.NOISE_POOL, count, way, shot, members, S, args.latent_size)[:at_once].to(device)
     flat, labels = images.flatten(0, 1), torch.arange(way, device=device).repeat_interleave(args.query)
     as_float = getattr(dataloader, "as_float", lambda x: x)
     features = flat if folder == "mimgnet" else evaluation.encode_all(ours, images)
@@ -133,7 +130,7 @@ def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
     encode = {} if folder == "mimgnet" else {"encode": (lambda: evaluation.encode_all(ours, images), 1)}
     fast = encode | {"episodes": (our_episodes, EPISODES / count)}
     title = f"{title} prediction, {way}-way {shot}-shot, S={S}"
-    return Pair(title, "episodes", EPISODES, "fp32", fast, {"episodes": (plain_episodes, EPISODES / len(picks))}, 5e-2)
+    return Pair(title, "episodes", EPISODES, "fp32", fast, {"episodes": (plain_episodes, EPISODES / len(noise))}, 5e-2)
 
 
 def timed(count, device):
@@ -199,7 +196,7 @@ def simclr_step(tiny, device, bf16):
 
 
 def simclr_export(tiny, device, bf16):
-    main, data = load("simclr", "main"), load("simclr", "dataloader")
+    main, data, features = (load("simclr", name) for name in ("main", "dataloader", "export"))
     args = main.parse_args("--hidden-size 8".split() if tiny else [])
     images = random_bytes(4, 4 if tiny else 250, data.SIZE, data.SIZE, 3)
     encoder, _, oracle = encoders(args, False, device)
@@ -212,7 +209,7 @@ def simclr_export(tiny, device, bf16):
         return torch.cat([oracle(torch.stack([read(Image.fromarray(i.numpy())) for i in batch]).to(device)) for batch in batches])
 
     def our_export():
-        return main.encode_all(encoder, on_device).flatten(0, 1)
+        return features.encode_all(encoder, on_device).flatten(0, 1)
 
     return Pair("SimCLR feature export", "images", images.shape[:2].numel(), "fp32", {"export": (our_export, 1)}, {"export": (plain_export, 1)}, 1e-5)
 

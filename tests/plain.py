@@ -68,7 +68,7 @@ def adapt(support, query, iters, reading):
     z = torch.cat([support.flatten(-3, -2), query], -2)
     for _ in range(iters):
         guess = e_step(query, pi, mu, var if reading in ("learned", "tied") else torch.ones_like(var))
-        if reading == "hard":
+        if reading == "k-means":
             guess = F.one_hot(guess.argmax(-1), K).to(guess)
         resp = torch.cat([labels, guess], -2)
         _, mu = m_step(z, resp)
@@ -176,6 +176,18 @@ def loss_terms(network, x, noise, first, iters, fix_pi=False):
     pi, mu = fit_prior(samples, start, iters, fix_pi)
     kl = log_posterior(z, mean, log_var).flatten(1) - log_likelihood(samples, pi.detach(), mu.detach())
     return network.reconstruction(z, x).mean(), kl.mean()
+
+
+def episode_noise(pool, count, way, shot, members, S, D):
+    """Return the noise of `evaluate`, (count, way, members, S, D): of consecutive images of a pool, the support's first."""
+    noise = torch.randn(pool, S, D, generator=torch.Generator().manual_seed(0))
+    start = torch.randint(pool, (count, 1), generator=torch.Generator().manual_seed(1))
+    found = []
+    for first in start.flatten().tolist():
+        own = noise.roll(-first, 0)[: way * members]
+        support, query = own[: way * shot].unflatten(0, (way, shot)), own[way * shot :].unflatten(0, (way, members - shot))
+        found.append(torch.cat([support, query], 1))
+    return torch.stack(found)
 
 
 def predict_episodes(network, x, shot, noise, iters, reading="unit"):

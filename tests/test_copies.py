@@ -1,5 +1,7 @@
 """Experiment folders share text, not imports: the copies are held equal here."""
 
+import re
+
 import pytest
 import torch
 
@@ -8,20 +10,26 @@ from conftest import ROOT, load
 EXPERIMENTS = ("omniglot", "mimgnet")
 
 
-def test_the_mixture_is_the_same_file():
-    assert (ROOT / "mimgnet/mixture.py").read_bytes() == (ROOT / "omniglot/mixture.py").read_bytes()
-
-
-def test_set_attention_is_the_same_text():
-    first, second = ((ROOT / folder / "model.py").read_text() for folder in EXPERIMENTS)
-    start = first.index("class SetAttention")
-    text = first[start : first.index("\nclass ", start)]
-    assert "def forward" in text and "self.out(h).relu()" in text and text in second
+@pytest.mark.parametrize("name", ["mixture.py", "evaluate.py"])
+def test_the_mixture_and_its_evaluation_are_the_same_files(name):
+    assert (ROOT / "mimgnet" / name).read_bytes() == (ROOT / "omniglot" / name).read_bytes()
 
 
 @pytest.mark.parametrize("folder", ["mimgnet", "simclr"])
-def test_runtime_is_the_same_file(folder):
-    assert (ROOT / folder / "runtime.py").read_bytes() == (ROOT / "omniglot/runtime.py").read_bytes()
+def test_machine_and_runtime_are_the_same_files(folder):
+    for name in ("machine.py", "runtime.py"):
+        assert (ROOT / folder / name).read_bytes() == (ROOT / "omniglot" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["class SetAttention", "def load_model", "    def posterior", "    def predict_encoded"])
+def test_what_both_models_share_is_the_same_text(name):
+    texts = []
+    for folder in EXPERIMENTS:
+        text = (ROOT / folder / "model.py").read_text()
+        start = text.index(name)
+        indent = " " * (len(name) - len(name.lstrip()))
+        texts.append(re.split(rf"\n{indent}(?=\S)", text[start + len(indent) :])[0])
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) > 5
 
 
 @pytest.mark.parametrize("flags", ["--fix-pi", "--em-start images", "--unsupervised-em-iters 1", "--way 2", "--train-mc-sample-size 3"])
@@ -43,5 +51,5 @@ def test_the_baseline_is_tested_on_the_same_episodes():
     """Logistic regression on SimCLR's features and Meta-GMVAE on them: the same images, support and query."""
     images, drawn = torch.zeros(20, 80, 4), []
     for folder in ("simclr", "mimgnet"):
-        drawn.append(load(folder, "dataloader").draw_episodes(images, 5, 5, 15, 100, load(folder, "main").TEST_SEED))
+        drawn.append(load(folder, "dataloader").draw_episodes(images, 5, 5, 15, 100, load(folder, "export" if folder == "simclr" else "evaluate").TEST_SEED))
     assert drawn[0].equal(drawn[1])

@@ -46,7 +46,7 @@ def test_errors(checkpoint, glyphs_dir, tmp_path):
 def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir, monkeypatch):
     """From support means to the class means and variances of the equations."""
     args = figures.parse_args(["--checkpoint", str(checkpoint), "--way", "3", "--shot", "2", "--samples", "4"])
-    network, drawn = load("omniglot", "runtime").load_model(checkpoint, model.GMVAE), []
+    network, drawn = model.load_model(checkpoint), []
     monkeypatch.setattr(figures, "sample_posterior", lambda *parts: drawn.append(model.sample_posterior(*parts)) or drawn[0])
     images = load("omniglot", "dataloader").load_split(glyphs_dir, "test")
     x, mean, before, mu, var = figures.fit_episode(network, images, args)

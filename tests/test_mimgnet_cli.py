@@ -82,7 +82,7 @@ def test_outputs(finished):
     assert names == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "test.json", "tb_log"}
     assert [line["step"] for line in metrics(finished)] == [100, 200, 300, 400]
     table = json.loads((finished / "test.json").read_text())
-    assert table.keys() == {"5way1shot", "5way5shot"} and table["5way1shot"].keys() == {"accuracy", "ci95", "episodes"}
+    assert table.keys() == {"5way1shot", "5way5shot"} and table["5way1shot"].keys() == {"accuracy", "ci95", "episodes", "accuracies"}
     config = json.loads((finished / "config.json").read_text())
     assert config["args"]["ema_decay"] == 0.99 and config["precision"] == "fp32" and config["versions"]["torch"] == torch.__version__
     best = torch.load(finished / "best.pt", weights_only=True)
@@ -98,7 +98,7 @@ def test_validation_is_of_the_averaged_weights_and_repeatable(data, finished):
     for weights in (last["average"], last["model"]):
         network = model.GMVAE(**last["sizes"])
         network.load_state_dict(weights)
-        scores.append(main.evaluate_split(network, val, [5], [1], main.VALIDATION_SEED, args)["5way1shot"])
+        scores.append(main.summary(main.evaluate_split(network, val, [5], [1], main.VALIDATION_SEED, args)["5way1shot"]))
     assert scores[0] == metrics(finished)[-1]["5way1shot"] != scores[1]
 
 
@@ -182,7 +182,7 @@ def refused(capsys, monkeypatch):
 
     def call(*args, words):
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, args)])
-        monkeypatch.setattr(main, "keep_memory", lambda: None)
+        monkeypatch.setattr(load("mimgnet", "machine"), "keep_memory", lambda: None)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main.main()

@@ -155,8 +155,8 @@ def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
     rows, (found, _) = prepare.read_csv(shared_data / "imgnet/test.csv"), prepare.find_images(shared_data / "imgnet")
     images = torch.from_numpy(np.stack([prepare.decode(found[filename]) for filename, _ in rows])).unflatten(0, (20, 600))
     runtime, path = load("simclr", "runtime"), ROOT / "results" / name / "encoder.pt"
-    encoder, checkpoint = runtime.load_model(path, load("simclr", "model").Encoder), runtime.load_checkpoint(path)
-    np.save(tmp_path / "test_features.npy", load("simclr", "main").encode_all(encoder, images).flatten(0, 1).numpy())
+    encoder, checkpoint = load("simclr", "model").load_model(path), runtime.load_checkpoint(path)
+    np.save(tmp_path / "test_features.npy", load("simclr", "export").encode_all(encoder, images).flatten(0, 1).numpy())
     about = {"train_epochs": checkpoint["epoch"], **checkpoint.get("training", {})}
     runs = [folder for folder in MIMGNET if about.items() <= runtime.read_config(folder)["features"].items()]
     assert runs

@@ -1,6 +1,5 @@
-"""runtime.py: what the programs themselves do not show."""
+"""machine.py and runtime.py: what the programs themselves do not show."""
 
-import argparse
 import os
 import platform
 import signal
@@ -12,24 +11,25 @@ import torch
 
 from conftest import ROOT, load
 
-runtime = load("omniglot", "runtime")
+machine, runtime = load("omniglot", "machine"), load("omniglot", "runtime")
 
 HEAP = """
 import torch
 from pathlib import Path
-from runtime import Heap, keep_memory
+from machine import keep_memory
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) // 256  # MiB
 
 keep_memory()
-heap, small = Heap(), torch.ones(50 * 2**18)  # 50 MiB
-heap.tidy()
+weight, small = torch.zeros(1, requires_grad=True), torch.ones(50 * 2**18)  # 50 MiB
+optimizer = torch.optim.SGD([weight], lr=1)
+optimizer.step()
 first = held()
 large = torch.ones(first * 2**18)  # as much again: twice what it held
 del large
 kept = held()
-heap.tidy()
+optimizer.step()
 print(first, kept, held())
 """
 
@@ -44,61 +44,68 @@ def test_freed_pages_are_kept_up_to_a_bound():
 
 def test_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    args = argparse.Namespace(seed=0)
-    config = runtime.describe_run(args, torch.device("cpu"), False, {"train": torch.zeros(2, 3)})
-    assert config["git_commit"] is None and config["args"] == {"seed": 0} and config["data"]["train"]["shape"] == [2, 3]
+    config = runtime.describe_run({"seed": 0}, torch.device("cpu"), "fp32", {"train": torch.zeros(2, 3)})
+    assert config["git_commit"] is None and config["args"] == {"seed": 0}
+    assert config["data"]["train"]["shape"] == [2, 3]
 
 
 def test_a_checksum_is_of_the_values_not_of_their_order_in_memory():
+    def described(x):
+        return runtime.describe_run({}, torch.device("cpu"), "fp32", {"train": x})["data"]
+
     x = torch.arange(6.0).view(2, 3)
-    describe = lambda x: runtime.describe_run(argparse.Namespace(), torch.device("cpu"), False, {"train": x})["data"]  # noqa: E731
-    assert describe(x) == describe(x.T.contiguous().T) != describe(x + 1)
+    assert described(x) == described(x.T.contiguous().T) != described(x + 1)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    runtime.write_text(tmp_path / "file", "old")
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
 
-    def half(temporary):
-        temporary.write_text("half")
-        raise RuntimeError("no space left")
-
-    with pytest.raises(RuntimeError):
-        runtime.write_atomically(tmp_path / "file", half)
+    runtime.write(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(machine.UserError, match="file: not written .No space left"):
+        runtime.write(tmp_path / "file", "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk is played by /dev/full")
-def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(runtime, "write_atomically", lambda path, write: write("/dev/full"))
-    with pytest.raises(SystemExit, match="2"), runtime.one_line_errors():
-        runtime.save_checkpoint(tmp_path / "last.pt", {"tensor": torch.zeros(10**6)})
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "error: " in line and ("last.pt: not written" in line or "No space left" in line)
-
-
 def test_only_what_a_user_can_put_right_is_said_in_one_line(capfd):
-    no_memory = [RuntimeError("can't allocate memory: a flag"), torch.OutOfMemoryError("CUDA out of memory. a flag"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED: a flag")]
-    for error in (runtime.UserError("a flag"), FileNotFoundError("a flag"), *no_memory):
-        with pytest.raises(SystemExit, match="2"), runtime.one_line_errors():
+    no_memory = [
+        RuntimeError("can't allocate memory: a flag"),
+        torch.OutOfMemoryError("CUDA out of memory. a flag"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED: a flag"),
+        MemoryError("a flag"),
+    ]
+    for error in (machine.UserError("a flag"), *no_memory):
+        with pytest.raises(SystemExit, match="2"), machine.program():
             raise error
         (line,) = capfd.readouterr().err.splitlines()
         assert "error: " in line and "a flag" in line and ("not enough memory" in line) == (error in no_memory)
-    with pytest.raises(RuntimeError, match="shapes"), runtime.one_line_errors():
-        raise RuntimeError("shapes")
+    for error in (RuntimeError("shapes"), FileNotFoundError("a file of somebody's own code")):
+        with pytest.raises(type(error)), machine.program():
+            raise error
 
 
 def test_a_moving_average_is_what_last_pt_stands_for(tmp_path):
-    network = lambda: torch.nn.Linear(2, 1)  # noqa: E731
-    model, average = network(), network()
-    runtime.save_checkpoint(tmp_path / "last.pt", {"sizes": {}, "model": model.state_dict(), "average": average.state_dict()})
-    assert runtime.load_model(tmp_path / "last.pt", network).weight.equal(average.weight)
-    runtime.save_checkpoint(tmp_path / "last.pt", {"sizes": {}, "model": model.state_dict()})
-    assert runtime.load_model(tmp_path / "last.pt", network).weight.equal(model.weight)
+    model = load("omniglot", "model")
+    network, average = (model.GMVAE(4, 4) for _ in range(2))
+    state = {"sizes": network.sizes, "model": network.state_dict(), "average": average.state_dict()}
+    for expected in (average, network):
+        runtime.save_checkpoint(tmp_path / "last.pt", state)
+        found = model.load_model(tmp_path / "last.pt")
+        assert found.decoder[0].weight.equal(expected.decoder[0].weight) and not found.training
+        state.pop("average", None)
+
+
+def test_a_run_differs_in_one_line():
+    before = {"args": {"lr": 1, "way": 5, "seed": 0}, "precision": "fp32", "data": {"train": 1, "test": 2}}
+    after = {"args": {"lr": 2, "way": 20, "seed": 0, "new": 3}, "precision": "bf16", "data": {"train": 2, "test": 3}}
+    said = "--lr: 2 found, 1 expected; --data-dir: train data of 2 found, 1 expected; --precision: bf16 found, fp32 expected"
+    assert runtime.differences(after, before, {"way"}) == said and not runtime.differences(after, after, ())
 
 
 def test_signals_are_caught_in_training_only(capfd):
     before = signal.getsignal(signal.SIGTERM)
-    with runtime.catch_stop() as stop:
+    with machine.catch_stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
     assert signal.getsignal(signal.SIGTERM) == before

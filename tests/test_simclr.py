@@ -31,7 +31,6 @@ def test_published_defaults():
         eval_episodes=1000, test_shot=[1, 5, 20, 50], export="last",
     )  # fmt: skip
     assert {name: args[name] for name in published} == published
-    assert main.CONSTANT_EPOCHS == 10
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -261,12 +260,12 @@ def test_episode_accuracies_against_loops():
     episodes = data.draw_episodes(features, 4, 2, 3, 7, seed=1)
     assert (episodes // 12 == (episodes // 12)[:, :, :1]).all() and all(e.unique().numel() == 20 for e in episodes)
     flat = features.flatten(0, 1)
-    accuracy = main.nearest_mean(flat, episodes, 2)
+    accuracy = load("simclr", "fewshot").nearest_mean(flat, episodes, 2)
     for e, got in zip(episodes, accuracy):
         means = [flat[row[:2]].mean(0) for row in e]
         right = [min(range(4), key=lambda k: (flat[i] - means[k]).norm()) == c for c, row in enumerate(e) for i in row[2:]]
         assert got == pytest.approx(100 * sum(right) / 12)
-    by_regression = main.logistic_regression(flat, episodes, 2)
+    by_regression = load("simclr", "fewshot").logistic_regression(flat, episodes, 2)
     assert by_regression.shape == (7,) and abs(by_regression.mean() - accuracy.mean()) < 20
     far = flat + 100 * torch.eye(6, 5).repeat_interleave(12, 0)
-    assert (main.nearest_mean(far, episodes, 2) == 100).all() and (main.logistic_regression(far, episodes, 2) == 100).all()
+    assert (load("simclr", "fewshot").nearest_mean(far, episodes, 2) == 100).all() and (load("simclr", "fewshot").logistic_regression(far, episodes, 2) == 100).all()

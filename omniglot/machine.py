@@ -1,0 +1,194 @@
+"""Between a program and its machine: errors, signals, memory, flags, device. The same in every folder."""
+
+import argparse
+import ctypes
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine"  # torch's words
+
+
+class UserError(Exception):
+    """What the user can put right, in one line: what was found, what was expected."""
+
+
+def in_short(error):
+    """Return the first line of what an error says, or its kind if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def program():
+    """Set up the process; end it in one line, with status 2, on a UserError or for want of memory."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an encoding without ± shows ? for it
+    keep_memory()
+    torch.backends.cudnn.benchmark = True  # the shapes never change
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 on a GPU too
+    try:
+        yield
+    except (UserError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        said = (
+            error
+            if isinstance(error, UserError)
+            else f"not enough memory for these sizes ({in_short(error)})"
+        )
+        tqdm.write(
+            f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr
+        )  # below a progress bar, not on it
+        sys.exit(2)
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        sys.exit(130)
+
+
+def keep_memory():
+    """Have glibc keep the pages of freed tensors: half of a CPU step would be the kernel clearing them again.
+
+    Not every hole between kept pages fits a later tensor, so they grow in number. All are given back after an
+    optimizer's step that finds 1.5 times the pages that the first one found.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-1, -1), (-4, 0), (-8, 1)):  # M_TRIM_THRESHOLD: none, M_MMAP_MAX, M_ARENA_MAX
+            libc.mallopt(option, value)
+    except (OSError, AttributeError):
+        return  # not glibc: slower, otherwise the same
+    most = []
+
+    def tidy(*_):
+        held = int(Path("/proc/self/statm").read_text().split()[1])
+        if not most:
+            most.append(1.5 * held)
+        if held > most[0]:
+            libc.malloc_trim(0)
+
+    register_optimizer_step_post_hook(tidy)
+
+
+@contextmanager
+def catch_stop():
+    """Within it, a list receives the first SIGINT or SIGTERM; a second one ends the program at once."""
+    received = []
+
+    def handler(signum, _):
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler
+
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse flags, also from a file named as @file: one flag a line, its reason after #."""
+
+    def __init__(self, **kwargs):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def names(self, *groups):
+        """Name the flags of these groups, as in the parsed namespace."""
+        return {
+            a.dest for group in self._action_groups if group.title in groups for a in group._group_actions
+        }
+
+
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(text).expanduser()
+
+
+def number(kind, low, below=math.inf):
+    """Make an argparse type: an int or float with low <= value < below."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < below:
+            limit = f"of at least {low}" + ("" if below == math.inf else f" and below {below}")
+            one = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} found, {one} {limit} expected")
+        return value
+
+    return parse
+
+
+# --- device ---------------------------------------------------------------------------------------
+
+
+def choose_device(name, compiling=False):
+    """Return the torch.device of `auto`, `cpu`, `cuda`, `cuda:N` or `mps`, once a kernel has run there.
+
+    Raises UserError, also where torch.compile is wanted and does not work.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise UserError(f"--device: {name} found, auto, cpu, cuda, cuda:N or mps expected")
+    try:
+        tried = torch.ones(2, device=name)
+        tried.sum().item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device: {name} found, a device of this machine expected ({in_short(error)})"
+        ) from None
+    try:
+        torch.compile(torch.Tensor.square, disable=not compiling)(tried)
+    except RuntimeError as error:
+        raise UserError(
+            f"--compile: {in_short(error)} found, a C++ compiler (a GPU: Triton) expected"
+        ) from None
+    return tried.device
+
+
+def cpu_facts():
+    """Read what Linux says of the processor; elsewhere nothing."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def device_name(device):
+    """Name the device, of a CPU with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    named = re.search(r"^model name\s*: (.*)$", cpu_facts(), re.MULTILINE)
+    return f"{named[1] if named else platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def use_bf16(precision, device):
+    """Tell whether the networks run under bfloat16 autocast; for `auto`, where the hardware has it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and "avx512_bf16" in cpu_facts()

@@ -1,0 +1,140 @@
+"""What is made of a trained encoder: feature files for Meta-GMVAE, and how good the features are alone."""
+
+import io
+import subprocess
+import sys
+import tempfile
+import zlib
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataloader import check_episodes, load_split, plain_views
+from fewshot import evaluate, logistic_regression, standardise
+from machine import HERE, UserError
+from model import load_model
+from runtime import load_checkpoint, save_checkpoint, write, write_json
+
+SPLITS = ("train", "val", "test")
+SHOTS, BEST_SHOT = (1, 5), 5  # of validations; best.pt is the best at the latter: its accuracy varies less
+TEST_SEED = 2  # of the episodes: the same for every run
+PREPARE = HERE.parent / "data/imgnet/prepare.py"
+
+
+@torch.no_grad()
+def encode_all(encoder, images, name=None):
+    """Encode whole images: uint8 (classes, n, 84, 84, 3) -> float32 (classes, n, width).
+
+    In evaluation mode and in float32 whatever the training's precision, so that a checkpoint gives the same
+    features on every machine. cuDNN does not search for the fastest kernels: it might find others next time.
+    """
+    encoder.eval()
+    trained_in, encoder.bf16 = encoder.bf16, False
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    batches = images.flatten(0, 1).split(500 if images.is_cuda else 100)
+    bar = tqdm(batches, desc=name, disable=name is None, mininterval=0.1 if sys.stderr.isatty() else 30)
+    features = torch.cat([encoder(plain_views(batch)) for batch in bar])
+    encoder.bf16, torch.backends.cudnn.benchmark = trained_in, searching
+    return features.unflatten(0, images.shape[:2])
+
+
+def checksum(encoder):
+    """Return a checksum of its weights, which tells one encoder's features from another's."""
+    return zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in encoder.state_dict().values()))
+
+
+def export(splits, device, args):
+    """Write the three feature files of --checkpoint or of the run's own encoder, and features.json.
+
+    Returns {split: (classes, n, width)}. Raises UserError for NaN.
+    """
+    path, folder = args.checkpoint or args.save_dir / f"{args.export}.pt", args.feature_save_dir
+    encoder, checkpoint = load_model(path).to(device), load_checkpoint(path)
+    features = {name: encode_all(encoder, images, f"{name} features") for name, images in splits.items()}
+    if not all(h.isfinite().all() for h in features.values()):
+        raise UserError(f"{path}: features that are NaN or infinite found, finite ones expected")
+    for name, h in features.items():  # all are written before the first takes its name
+        buffer = io.BytesIO()
+        np.save(buffer, h.flatten(0, 1).cpu().numpy())
+        write(folder / f".{name}_features.npy", buffer.getbuffer())
+    about = {"epoch": checkpoint.get("epoch"), "training": checkpoint.get("training", {})}
+    counts = {name: images.shape[1] for name, images in splits.items()}
+    (folder / "features.json").unlink(missing_ok=True)  # not beside features of another encoder for a moment
+    for name, h in features.items():
+        (folder / f".{name}_features.npy").replace(folder / f"{name}_features.npy")
+        print(f"{folder / name}_features.npy  {h.shape[:2].numel()} images, {h.shape[-1]} features")
+    described = {"encoder_crc32": checksum(encoder), "images_per_class": counts}
+    write_json(folder / "features.json", {"train_epochs": about["epoch"], **about["training"], **described})
+    if not args.checkpoint:
+        weights = {"model": encoder.state_dict(), "sizes": encoder.sizes}
+        save_checkpoint(args.save_dir / "encoder.pt", weights | about)
+    return features
+
+
+def probe(features, args):
+    """Print the baseline on test features, standardised on training features; write it to test.json."""
+    standard = standardise(features["test"], features["train"])
+    results = evaluate(standard, logistic_regression, args.test_shot, TEST_SEED, args)
+    for name, r in results.items():
+        print(f"probe {name:>12}  {r['accuracy']:6.2f} ± {r['ci95']:.2f} %  ({r['episodes']} episodes)")
+    write_json(args.save_dir / "test.json", results)
+
+
+def prepared(args):
+    """Return the folder with the arrays: --data-dir, or <save-dir>/data, made of the images and CSVs in it.
+
+    A run keeps the arrays it was started with. Raises UserError if they cannot be made here.
+    """
+    if (args.data_dir / "train.npy").exists() or not (args.data_dir / "train.csv").exists():
+        return args.data_dir
+    out = args.save_dir / "data"
+    if (args.save_dir / "config.json").exists() and (out / "train.npy").exists():
+        return out
+    if (args.save_dir / "last.pt").exists():
+        found = f"{args.save_dir} holds a run on other arrays than the images in {args.data_dir}"
+        raise UserError(f"--save-dir: {found}, an empty folder expected")
+    if not PREPARE.exists():
+        expected = f"what data/imgnet/prepare.py makes of them expected ({PREPARE} not found)"
+        raise UserError(f"--data-dir: {args.data_dir} holds unprepared images, {expected}")
+    made = subprocess.run([sys.executable, PREPARE, "--source", args.data_dir, "--out", out])
+    if made.returncode:
+        sys.exit(made.returncode)  # it has said why
+    return out
+
+
+def load_splits(args):
+    """Load the arrays that a run needs, {split: tensor}; check them against its flags. Raises UserError."""
+    data_dir = prepared(args)
+    splits = {name: load_split(data_dir, name) for name in SPLITS}
+    if args.contact_sheet:
+        return splits
+    if args.probe:
+        check_episodes(data_dir, "test", splits["test"], [args.way], args.test_shot, args.query)
+    if not args.export_only:
+        check_episodes(data_dir, "val", splits["val"], [args.way], SHOTS, args.query)
+        found = splits["train"].shape[:2].numel()
+        if found < args.batch_size:
+            expected = f"at least --batch-size {args.batch_size} expected"
+            raise UserError(f"{data_dir / 'train.npy'}: {found} images found, {expected}")
+    return splits
+
+
+def check_probe():
+    """Check that scikit-learn is there, before the training that it is to follow. Raises UserError."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "--probe: scikit-learn not found, the package expected (pip install scikit-learn)"
+        ) from None
+
+
+def check_feature_dir(folder):
+    """Make the folder before the training whose features it is to receive. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        expected = f"a folder to write into expected ({error.strerror})"
+        raise UserError(f"--feature-save-dir: {folder} found, {expected}") from None
