@@ -172,14 +172,16 @@ def adjust_hue(x, factor):
     """Turns the hue of HSV by `factor` turns: with V = max, C = max - min and hue h in turns, a channel is
     V - C clamp(2 - 6 d, 0, 1), d the way around the circle from h to n / 6, n = 3, 5, 1 for R, G, B.
 
-    Selects by masks of 0 and 1 and goes around by rounding: `where` and `%` take several times as long on a CPU.
+    Selects by masks of 0 and 1, goes around by rounding: on a CPU `where` and `%` take several times as
+    long.
     """
     r, g, b = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
     red, green = (torch.eq(value, channel, out=torch.empty_like(value)) for channel in (r, g))
     scale = chroma.clamp_min(1e-12).mul_(6).reciprocal_()
-    hue = (r - g).mul_(scale).add_(4 / 6).lerp_((b - r).mul_(scale).add_(2 / 6), green).lerp_((g - b).mul_(scale), red)
+    hue = (r - g).mul_(scale).add_(4 / 6).lerp_((b - r).mul_(scale).add_(2 / 6), green)
+    hue.lerp_((g - b).mul_(scale), red)
     opposite = send(torch.tensor([3, 1, -1]), x.device).view(-1, 1, 1) / 6  # for R, G, B
     d = (hue + factor.view(-1, 1, 1)).unsqueeze(1) + opposite
     d = d.sub_(d.round()).abs_()
@@ -229,9 +231,10 @@ def draw_views(count, generator, strength=STRENGTH):
 
 
 def together(order, device):
-    """Split the views, by their order of the colour operations (count, 4), into parts to be made at once: indices.
+    """Split the views, by their order of the colour operations (count, 4), into parts to be made at once.
 
-    On a CPU, views of the same order, so that none has to be picked out for an operation, and few, for its caches.
+    Lists indices. On a CPU the views of a part have the same order, so that none has to be picked out for an
+    operation, and are few, for its caches.
     """
     if device.type != "cpu":
         return [torch.arange(len(order))]

@@ -2,15 +2,15 @@
 
 import torch
 
-ROWS = 4096  # 2x2 pixels at once: what one operation writes is still in a cache when the next one reads it
-# Floats read as integers: their maximum with 0 and their products with 0 and 1 are the same ones, in a fraction of
-# the time that a CPU takes in bf16.
+ROWS = 4096  # 2x2 pixels at once: what one operation writes is in a cache when the next one reads it
+# Floats read as integers: their maximum with 0 and products with 0 and 1 are the same, in a fraction of the
+# time that a CPU takes in bf16. Of two negative floats the maximum is the wrong one, but a ReLU follows.
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 CORNERS = (0, 0), (0, 1), (1, 0), (1, 1)
 
 
 def frozen_bias(conv):
-    """Freeze a convolution's bias at zero where a batch norm follows: normalising would take it away again."""
+    """Freeze a convolution's bias at zero before a batch norm: normalising would take it away again."""
     conv.bias.requires_grad_(False).zero_()
     return conv
 
@@ -19,13 +19,13 @@ def frozen_bias(conv):
 
 
 def pixels(x):
-    """List the four pixels of every 2x2: x (N, H, W, C), odd sizes rounded down -> views (N, H // 2, W // 2, C)."""
+    """List views (N, H // 2, W // 2, C) of the four pixels of every 2x2 of x (N, H, W, C)."""
     h, w = x.shape[1] // 2, x.shape[2] // 2
     return [x[:, i : 2 * h : 2, j : 2 * w : 2] for i, j in CORNERS]
 
 
 def pool(a, b, c, d, out, greater):
-    """Write max(a, b, c, d, 0) into `out`, and into the three of `greater` 1 where b > a, d > c, below > above, else 0."""
+    """Write max(a, b, c, d, 0) into `out`; into `greater` 1 where b > a, d > c, below > above, or 0."""
     torch.gt(b, a, out=greater[0])
     torch.gt(d, c, out=greater[1])
     above, below = torch.maximum(a, b), torch.maximum(c, d)
@@ -34,9 +34,9 @@ def pool(a, b, c, d, out, greater):
 
 
 def unpool(grad, greater, a, b, c, d):
-    """Write the gradient of what `pool` wrote into the pixel it came from, the first of equals, and 0 into the others.
+    """Write the gradient of what `pool` wrote into the pixel it came from, the first of equals; 0 elsewhere.
 
-    Where that was 0, the gradient has to be.
+    It has to be 0 where the pool wrote 0.
     """
     torch.mul(grad, greater[2], out=c)
     torch.sub(grad, c, out=a)
@@ -47,7 +47,7 @@ def unpool(grad, greater, a, b, c, d):
 
 
 class PoolReLU(torch.autograd.Function):
-    """2x2 max-pool, odd sizes rounded down, and ReLU: x (N, C, H, W), channels last -> (N, C, H // 2, W // 2)."""
+    """2x2 max-pool, odd sizes rounded down, and ReLU: x (N, C, H, W) -> (N, C, H // 2, W // 2)."""
 
     @staticmethod
     def forward(ctx, x):
@@ -91,14 +91,14 @@ def unfold(x, patches):
 class FirstBlock(torch.autograd.Function):
     """3x3 convolution, batch norm, 2x2 max-pool and ReLU of images, which need no gradient.
 
-    x (N, C, H, W), H and W even; weight (O, C, 3, 3) -> (N, O, H / 2, W / 2) of type `dtype`, and the mean (O,)
-    and variance (O,) of the convolution.
+    x (N, C, H, W), H and W even; weight (O, C, 3, 3) -> (N, O, H / 2, W / 2) of type `dtype`, and the mean
+    (O,) and variance (O,) of the convolution.
 
-    Where few channels go in, the time goes into passes over the many that come out. Those at full size are spared:
-    a pixel of the convolution is y = w p, with p its patch of 9 C numbers, so its mean w E[p] and its variance
-    w cov(p) w are known beforehand, the norm's scale goes into the weights, and the pool follows while the product
-    is in a cache. Backward, with u = (y - mean) / std, n pixels and g the gradient of gamma u + beta, zero at three
-    pixels of four, the gradient of y times p, summed over the pixels, is
+    Where few channels go in, the time goes into passes over the many that come out. Those at full size are
+    spared: a pixel of the convolution is y = w p, p its patch of 9 C numbers, so that the mean is w E[p], the
+    variance w cov(p) w, the norm's scale goes into the weights, and the pool follows while the product is in
+    a cache. Backward, let u = (y - mean) / std and g be the gradient of gamma u + beta, zero at three pixels
+    of four. The norm's backward gives the gradient of y; times p, and summed over the pixels, it is
 
         dw = gamma / std (sum(g p) - sum(g) E[p] - sum(g u) w cov(p) / std)
         sum(g u) = (w sum(g p) - mean sum(g)) / std
@@ -119,7 +119,8 @@ class FirstBlock(torch.autograd.Function):
         first, second = first.view(4, 4, C), second.view(4, 4, C, 4, 4, C)
         near = [(slice(i, i + 3), slice(j, j + 3)) for i, j in CORNERS]  # the 3x3 around a pixel, of the 4x4
         mean_p = sum(first[s] for s in near).flatten() / n
-        cov_p = sum(second[(*s, slice(None), *s)] for s in near).reshape(9 * C, 9 * C) / n - mean_p.outer(mean_p)
+        pairs = sum(second[(*s, slice(None), *s)] for s in near).reshape(9 * C, 9 * C)
+        cov_p = pairs / n - mean_p.outer(mean_p)
 
         w = weight.permute(0, 2, 3, 1).reshape(O, 9 * C).to(exact)
         mean, w_cov = w @ mean_p, w @ cov_p
@@ -128,7 +129,8 @@ class FirstBlock(torch.autograd.Function):
         kernel = torch.zeros(3, 4, C, 2, O, dtype=exact)  # to two pixels, side by side
         for j in range(2):
             kernel[:, j : j + 3, :, j] = (w.T * scale).view(3, 3, C, O)
-        kernel, shift = kernel.view(12 * C, 2 * O).to(dtype), (beta - mean * scale).to(dtype).repeat(2)
+        kernel = kernel.view(12 * C, 2 * O).to(dtype)
+        shift = (beta - mean * scale).to(dtype).repeat(2)
         out = torch.empty(n // 4, O, dtype=dtype).view(BITS[dtype])
         greater, y = out.new_empty(3, *out.shape), torch.empty(ROWS, 2, 2 * O, dtype=dtype)
         for p, top, *won in zip(*(t.split(ROWS) for t in (patches, out, *greater))):
@@ -148,11 +150,11 @@ class FirstBlock(torch.autograd.Function):
         sum_g, sums = torch.zeros_like(mean), w.new_zeros(12 * C, 2 * O)
         grad = grad.permute(0, 2, 3, 1).reshape(-1, O)
         dy = grad.new_empty(min(ROWS, len(out)), 4, O)
-        for p, g, y, *won in zip(*(t.split(ROWS) for t in (patches, grad.view(out.dtype), out, *greater))):
-            dy, g = dy[: len(p)], y.sign().mul_(g)
+        for p, g, y, *won in zip(*(t.split(ROWS) for t in (patches, grad, out, *greater))):
+            p, dy, g = p.unflatten(1, (4, -1)), dy[: len(p)], y.sign().mul_(g.view(out.dtype))
             unpool(g, won, *dy.view(out.dtype).unbind(1))
             for i in range(2):
-                sums += p.unflatten(1, (4, -1))[:, i : i + 3].flatten(1).T @ dy[:, 2 * i : 2 * i + 2].flatten(1)
+                sums += p[:, i : i + 3].flatten(1).T @ dy[:, 2 * i : 2 * i + 2].flatten(1)
             sum_g += g.view(grad.dtype).sum(0, dtype=w.dtype)
         sums = sums.view(3, 4, C, 2, O)
         sum_gp = sum(sums[:, j : j + 3, :, j] for j in range(2)).reshape(9 * C, O).T
@@ -170,7 +172,7 @@ def remember(norm, mean, var, count):
 
 
 def first_block(x, conv, norm):
-    """Run images x (N, C, H, W) through `FirstBlock`, in bf16 under autocast, and update the running statistics."""
+    """Run images (N, C, H, W) through `FirstBlock`, in bf16 under autocast, and update running statistics."""
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
         out, mean, var = FirstBlock.apply(x, conv.weight, norm.weight, norm.bias, norm.eps, dtype)
