@@ -3,6 +3,7 @@
 bench.py times these pairs; test_bench.py runs them in small and compares what they return.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from torchvision import transforms
 
 import plain
-from folders import load
+from folders import ROOT, load
 
 EPISODES = 1000  # of an evaluation
 # On a CPU torch sums batch norm's statistics in float32, one value after the other, where channels come last: five million
@@ -159,39 +160,45 @@ def encoders(args, bf16, device):
     return ours.to(device), heads[0].to(device), torch.nn.Sequential(oracle, heads[1]).to(device)
 
 
-def simclr_step(tiny, device, bf16):
+def simclr_step(flags, tiny, device, bf16):
     """A step with its views. The plain version makes them one by one through Pillow, in this process, without a loader's workers;
     decoding the files is left out, which favours it. Its step is compared, and timed, on views of ours."""
     main, data = load("simclr", "main"), load("simclr", "dataloader")
-    args = main.parse_args("--hidden-size 8 --batch-size 16".split() if tiny else [])
+    args = main.parse_args([*flags.split(), *("--hidden-size 8 --batch-size 16".split() if tiny else [])])
+    strength, size = (args.crop_scale, args.jitter, args.hue), args.view_size
     images = random_bytes(args.batch_size, data.SIZE, data.SIZE, 3)
     encoder, projection, oracle = encoders(args, bf16, device)
+    criterion, plain_loss = main.nt_xent, plain.nt_xent
+    if args.loss == "prototypical":  # of the features themselves
+        projection, oracle = torch.nn.Identity(), oracle[0]
+        criterion, plain_loss = (partial(loss, views=args.views) for loss in (main.prototypical, plain.prototypical))
     parameters = [*encoder.parameters(), *projection.parameters()]
     our_adam, plain_adam = torch.optim.Adam(parameters, lr=args.lr, fused=True), torch.optim.Adam(oracle.parameters(), lr=args.lr)
     on_device, draws = images.to(device), torch.Generator().manual_seed(0)
-    x = data.training_views(on_device, torch.Generator().manual_seed(0)).contiguous()
+    x = data.training_views(on_device, torch.Generator().manual_seed(0), size, args.views, strength).contiguous()
     view = transforms.Compose([
-        transforms.RandomResizedCrop(data.SIZE, scale=data.SCALE), transforms.RandomHorizontalFlip(data.P_FLIP),
-        transforms.RandomApply([transforms.ColorJitter(*[data.JITTER] * 3, data.HUE)], data.P_JITTER),
+        transforms.RandomResizedCrop(size, scale=(args.crop_scale, data.SCALE[1])), transforms.RandomHorizontalFlip(data.P_FLIP),
+        transforms.RandomApply([transforms.ColorJitter(*[args.jitter] * 3, args.hue)], data.P_JITTER),
         transforms.RandomGrayscale(data.P_GREY), transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD),
     ])  # fmt: skip
 
     def our_step():
-        views = data.training_views(on_device, draws)
-        return main.train_step(encoder, projection, our_adam, views, args.lr, args.temperature).detach().view(1)
+        views = data.training_views(on_device, draws, size, args.views, strength)
+        return main.train_step(encoder, projection, our_adam, views, args.lr, args.temperature, criterion).detach().view(1)
 
     def plain_views():
-        return torch.stack([view(Image.fromarray(image)) for _ in range(2) for image in images.numpy()]).to(device)
+        return torch.stack([view(Image.fromarray(image)) for _ in range(args.views) for image in images.numpy()]).to(device)
 
     def plain_step():
-        loss = plain.nt_xent(oracle(x), args.temperature)
+        loss = plain_loss(oracle(x), temperature=args.temperature)
         plain_adam.zero_grad()
         loss.backward()
         plain_adam.step()
         return loss.detach().view(1)
 
     precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", FP32)
-    title = f"SimCLR step, batch {args.batch_size}, with augmentation"
+    several = "" if args.views == 2 else f" x {args.views} of {size} pixels"
+    title = f"SimCLR step, batch {args.batch_size}{several}, with augmentation"
     return Pair(title, "step", 1, precision, {"step": (our_step, 1)}, {"views": (plain_views, 1), "step": (plain_step, 1)}, tolerance)
 
 
@@ -223,7 +230,8 @@ PAIRS = {
     "mimgnet-step": (mimgnet_step, ""),
     "mimgnet-eval-1shot": (mimgnet_eval, 1, 500),
     "mimgnet-eval-50shot": (mimgnet_eval, 50, 200),
-    "simclr-step": (simclr_step,),
+    "simclr-step": (simclr_step, ""),
+    "simclr-prototypical": (simclr_step, f"@{ROOT}/simclr/recipes/prototypical.txt"),
     "simclr-export": (simclr_export,),
     "omniglot-5way-compiled": (omniglot_step, "--way 5 --sample-size 200 --compile"),
     "mimgnet-step-compiled": (mimgnet_step, "--compile"),

@@ -219,3 +219,11 @@ def nt_xent(z, temperature):
     total = (similar.exp() * others).sum(1).log()
     positive = torch.cat([similar.diagonal(N), similar.diagonal(-N)])
     return (total - positive).mean()
+
+
+def prototypical(h, views, temperature):
+    """Mean over ordered pairs of views u, v and images i of -log softmax_j(-|h_ui - h_vj|^2 / t) at j = i."""
+    groups = h.chunk(views)
+    pairs = [(q, p) for v, p in enumerate(groups) for u, q in enumerate(groups) if u != v]
+    logits = [-(q.unsqueeze(1) - p).square().sum(-1) / temperature for q, p in pairs]  # each (N, N)
+    return -torch.stack([each.log_softmax(-1).diagonal() for each in logits]).mean()

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     said = json.loads((features / "features.json").read_text())
     assert said == json.loads((tmp_path / "f/features.json").read_text())
     assert said.pop("encoder_crc32") > 0 and said == TINY_FEATURES
-    result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", folder, "--feature-save-dir", tmp_path / "best")
+    copy = shutil.copytree(folder, tmp_path / "whole")  # whose encoder.pt becomes the best one
+    result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", copy, "--feature-save-dir", tmp_path / "best")
     assert result.returncode == 0, result.stderr
     best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
     same = all(best[key].equal(final[key]) for key in best)
