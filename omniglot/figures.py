@@ -18,7 +18,10 @@ from dataloader import as_float, check_episodes, draw_episodes, load_split
 from mixture import adapt, sample_posterior
 from model import GMVAE
 from pose import canonical, pose, put_back
-from runtime import HERE, Parser, UserError, load_model, number, one_line_errors, read_config, user_path, write_atomically
+from runtime import (
+    HERE, Parser, UserError, load_model, number, one_line_errors, print_in_any_encoding, read_config, user_path,
+    write_atomically,
+)  # fmt: skip
 
 COLOURS = plt.get_cmap("tab10").colors
 
@@ -122,6 +125,7 @@ def curves(metrics, path):
 
 
 def main():
+    print_in_any_encoding()
     args = parse_args()
     with one_line_errors():
         model, images = load_model(args.checkpoint, GMVAE), load_split(args.data_dir, "test")

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -139,11 +139,32 @@ def cpu_name():
     return f"{named[1] if named else platform.machine()} CPU"
 
 
+class Lenient:
+    """A stream that loses what it cannot write, to a closed pipe or a full disk: no reason to end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 def print_in_any_encoding():
-    """Have output in an encoding without some sign, such as that of an interval, show ? for it: no reason to end a run."""
-    for stream in (sys.stdout, sys.stderr):
+    """Have output that nobody can read end no run: a sign that its encoding lacks is shown as ?, the rest is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it is closed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+        setattr(sys, name, Lenient(stream))
 
 
 def keep_memory():
@@ -378,7 +399,8 @@ def catch_stop():
     def handler(signum, _):
         received.append(signum)
         signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler
 
     for signum in signals:
         signal.signal(signum, handler)

@@ -103,3 +103,23 @@ def test_signals_are_caught_in_training_only(capfd):
         assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
     assert signal.getsignal(signal.SIGTERM) == before
     assert "stopping" in capfd.readouterr().err
+
+
+HEARD = """
+import sys
+from runtime import print_in_any_encoding
+print_in_any_encoding()
+from tqdm import tqdm
+for _ in tqdm(range(3), mininterval=0):
+    print("±" * 10000, flush=True)
+    print("±" * 10000, file=sys.stderr, flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("how", ["2>&-", ">&-", "2>&- >&-", "2>/dev/full", ">/dev/full", "2> >(true)", "> >(true)"])
+def test_output_that_nobody_reads_ends_no_run(how):
+    """Closed, on a full disk, or a pipe whose reader has gone."""
+    command = ["bash", "-c", f'"$0" -c "$1" {how}', sys.executable, HEARD]
+    done = subprocess.run(command, cwd=ROOT / "omniglot", capture_output=True, text=True)
+    assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr
