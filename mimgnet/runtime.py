@@ -258,7 +258,9 @@ def load_model(path, network):
     checkpoint = load_checkpoint(path)
     try:
         model = network(**checkpoint["sizes"])
-        model.load_state_dict(checkpoint.get("average") or checkpoint["model"])
+        weights = checkpoint.get("average") or checkpoint["model"]
+        # DataParallel and torch.compile put a word before each name.
+        model.load_state_dict({re.sub(r"^((module|_orig_mod)\.)+", "", name): of for name, of in weights.items()})
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this experiment ({in_short(error)})") from None
     if not all(p.isfinite().all() for p in model.parameters()):

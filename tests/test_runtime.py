@@ -96,6 +96,17 @@ def test_a_moving_average_is_what_last_pt_stands_for(tmp_path):
     assert runtime.load_model(tmp_path / "last.pt", network).weight.equal(model.weight)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_are_read_without_what_a_wrapper_puts_before_their_names(tmp_path, prefix):
+    network = lambda: torch.nn.Linear(2, 1)  # noqa: E731
+    model, path = network(), tmp_path / "some.pt"
+    torch.save({"sizes": {}, "model": {prefix + name: value for name, value in model.state_dict().items()}}, path)
+    assert runtime.load_model(path, network).weight.equal(model.weight)
+    torch.save({"sizes": {}, "model": {f"other.{name}": value for name, value in model.state_dict().items()}}, path)
+    with pytest.raises(runtime.UserError, match="some.pt: not a checkpoint of this experiment"):
+        runtime.load_model(path, network)
+
+
 def test_signals_are_caught_in_training_only(capfd):
     before = signal.getsignal(signal.SIGTERM)
     with runtime.catch_stop() as stop:
