@@ -339,6 +339,10 @@ def open_folder(save_dir, config, resume, free):
     time added to `resumed`. Raises UserError if the folder holds another run, or if a resumed one would train something else
     or on something else. A folder whose run ended before its first checkpoint counts as empty.
     """
+    try:
+        str(save_dir).encode()
+    except UnicodeEncodeError:  # TensorBoard cannot write there
+        raise UserError(f"--save-dir: {save_dir} found, a name in UTF-8 expected") from None
     before = read_config(save_dir)
     if not before and (save_dir / "last.pt").exists():
         raise UserError(f"{save_dir}: last.pt found without its config.json, an empty folder or a whole run expected")

@@ -107,6 +107,13 @@ def test_weights_are_read_without_what_a_wrapper_puts_before_their_names(tmp_pat
         runtime.load_model(path, network)
 
 
+def test_a_folder_that_is_not_utf_8_is_refused(tmp_path):
+    """TensorBoard's writer encodes its path."""
+    with pytest.raises(runtime.UserError, match="--save-dir: .* found, a name in UTF-8 expected"):
+        runtime.open_folder(tmp_path / os.fsdecode(b"r\xff"), {}, False, set())
+    assert not list(tmp_path.iterdir())
+
+
 def test_signals_are_caught_in_training_only(capfd):
     before = signal.getsignal(signal.SIGTERM)
     with runtime.catch_stop() as stop:
