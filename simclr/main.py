@@ -34,7 +34,7 @@ from fewshot import evaluate, logistic_regression, nearest_mean, standardise
 from model import Encoder, nt_xent, projection_head, prototypical
 from runtime import (
     HERE, Heap, LossLog, Parser, UserError, catch_stop, choose_device, describe_run, keep_memory, load_checkpoint, load_model,
-    number, one_line_errors, open_folder, open_test_folder, print_in_any_encoding, restore, save_checkpoint, snapshot, use_bf16, user_path, write_atomically, write_json, write_metrics,
+    number, one_line_errors, open_folder, open_test_folder, print_in_any_encoding, restore, save_checkpoint, say_other_data, snapshot, use_bf16, user_path, write_atomically, write_json, write_metrics,
 )  # fmt: skip
 
 SPLITS, LOSSES = ("train", "val", "test"), ("nt-xent", "prototypical")
@@ -373,6 +373,8 @@ def main():
             config = open_folder(args.save_dir, run, args.resume, FREE_ON_RESUME)
             with catch_stop() as stop:
                 train(splits, device, bf16, config, stop, args)
+        elif not args.checkpoint:
+            say_other_data(args.save_dir, run["data"])
         features = export(splits, device, args)
         if args.probe:
             probe(features, args)

@@ -363,6 +363,7 @@ def open_folder(save_dir, config, resume, free):
                 raise UserError(f"--data-dir: {split} data of {found} found, {expected} expected, as the run in {save_dir} was started")
         if not (save_dir / "last.pt").exists():
             raise UserError(f"{save_dir / 'last.pt'}: not found, the state of the run expected to --resume it; a new run needs another --save-dir")
+        say_other_data(save_dir, config["data"])  # those of the test may differ
         again = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
         config = {**before, "args": config["args"], "resumed": [*before.get("resumed", []), again]}
     save_dir.mkdir(parents=True, exist_ok=True)
@@ -382,10 +383,23 @@ def lock(save_dir):
             pass  # a file system without locks
 
 
+def say_other_data(checkpoint, data):
+    """Print a line if `data`, as `describe_run` has them, are not those of the run that a checkpoint lies in."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    try:
+        trained_on = read_config(folder)["data"]
+        other = [split for split in data if trained_on.get(split, data[split]) != data[split]]
+    except (UserError, KeyError, TypeError, AttributeError):
+        return  # weights alone, or of an older run: nothing is known
+    if other:
+        found = f"other {', '.join(other)} data than those of the run in {folder}"
+        print(f"{found}, as the checksums in its config.json say")
+
+
 def open_test_folder(save_dir, config, used):
     """Makes the folder of a test of --checkpoint, with its config.json: of all flags those that are `used`, and float32.
 
-    Replaces an earlier test. Raises UserError if a training run is there.
+    Replaces an earlier test. Says if its data are others than the run's. Raises UserError if a training run is there.
     """
     before = read_config(save_dir)
     if before and not (before["args"].get("eval_only") or before["args"].get("export_only")):
@@ -394,6 +408,7 @@ def open_test_folder(save_dir, config, used):
     (save_dir / "test.json").unlink(missing_ok=True)  # an interrupted test must not leave an earlier one's numbers beside its config
     args = {name: value for name, value in config["args"].items() if name in used}
     write_json(save_dir / "config.json", {**config, "args": args, "precision": "fp32"})
+    say_other_data(Path(config["args"]["checkpoint"]), config["data"])
 
 
 @contextmanager
