@@ -196,7 +196,10 @@ def train(splits, device, bf16, config, stop, args):
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
     tensorboard = SummaryWriter(args.save_dir / "tb_log", purge_step=start + 1)
-    heap, losses = Heap(), LossLog(("reconstruction", "kl"), tensorboard)
+    highest = images.max().item()
+    found = f"; features up to {highest:.4g} found, of a few units expected"
+    cause = f"{found}: divide them all by one number" if highest > 100 else ""
+    heap, losses = Heap(), LossLog(("reconstruction", "kl"), tensorboard, cause)
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(total=args.train_iters, initial=start, desc=args.save_dir.name, unit="step", mininterval=quiet, dynamic_ncols=True)
@@ -216,7 +219,7 @@ def train(splits, device, bf16, config, stop, args):
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()}, refresh=False)
         if saving and not all(p.isfinite().all() for p in model.parameters()):
             found = ", ".join(f"{name} {value}" for name, value in terms.items())
-            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected")
+            raise UserError(f"step {step}: a weight is not finite ({found}), finite ones expected{cause}")
         if validating:
             results = validate(evaluated, splits["val"], step, history, args)
             history.append({"step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})

@@ -435,8 +435,8 @@ def catch_stop():
 class LossLog:
     """Losses of the latest steps, kept on the device: reading one waits for the GPU, so they are read many at a time."""
 
-    def __init__(self, names, tensorboard):
-        self.names, self.tensorboard, self.pending = names, tensorboard, []
+    def __init__(self, names, tensorboard, cause=""):
+        self.names, self.tensorboard, self.cause, self.pending = names, tensorboard, cause, []
 
     def add(self, *terms):
         self.pending.append(torch.stack(terms).detach())
@@ -444,14 +444,14 @@ class LossLog:
     def flush(self, step):
         """Writes the pending losses, the last of which is of `step`, and returns that one as {name: float}.
 
-        Raises UserError for a loss that is not finite, with its step and all its terms.
+        Raises UserError for a loss that is not finite, with its step, all its terms and what may be the cause.
         """
         rows = torch.stack(self.pending).tolist()
         self.pending = []
         for i, row in enumerate(rows, start=step + 1 - len(rows)):
             if not all(map(math.isfinite, row)):
                 terms = ", ".join(f"{name} {value}" for name, value in zip(self.names, row))
-                raise UserError(f"step {i}: the loss is not finite ({terms}), a finite one expected")
+                raise UserError(f"step {i}: the loss is not finite ({terms}), a finite one expected{self.cause}")
             for name, value in zip(self.names, row):
                 self.tensorboard.add_scalar(f"train/{name}", value, i)
         return dict(zip(self.names, row))

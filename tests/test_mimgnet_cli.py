@@ -312,6 +312,6 @@ def test_the_program_itself_says_it_in_one_line(data, tmp_path):
     for split in ("train", "val", "test"):
         np.save(tmp_path / f"{split}_features.npy", np.load(data / f"{split}_features.npy") * np.float32(1e25))
     result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY)
-    fails(result, "main.py: error: step 1: the loss is not finite", "reconstruction", "kl")
+    fails(result, "main.py: error: step 1: the loss is not finite", "reconstruction", "kl", "features up to ", "e+25 found", "divide")
     result = run("mimgnet", "--data-dir", tmp_path / "nowhere", "--save-dir", tmp_path / "new", *TINY)
     fails(result, "main.py: error: ", "train_features.npy: not found")
