@@ -1,6 +1,7 @@
 """Features as one tensor on the device; training sets and few-shot episodes are indices into it."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,22 @@ from runtime import UserError
 
 
 def read_description(data_dir):
-    """features.json, which simclr/main.py writes beside the features: their encoder, and {"images_per_class": {split: ...}}.
+    """Read features.json, which simclr/main.py writes beside the features; {} if there is none.
 
-    {} if there is none, as with features of your own. Raises UserError if it is damaged.
+    It says which encoder made them and, of each split, {"images_per_class": ..., "crc32": ...}, the latter of
+    the array; files from before checksums have none. Raises UserError if it is damaged.
     """
     path = Path(data_dir) / "features.json"
     try:
         description = json.loads(path.read_text())
-        counts = description["images_per_class"].values()
+        counts, _ = description["images_per_class"].values(), description.get("crc32", {}).values()
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError):
         counts = [None]
     if not all(isinstance(count, int) and count > 0 for count in counts):
-        raise UserError(f"{path}: not readable, the images per class of every split expected, as simclr/main.py writes them")
+        expected = "the images per class of every split expected, as simclr/main.py writes them"
+        raise UserError(f"{path}: not readable, {expected}")
     return description
 
 
@@ -49,13 +52,13 @@ def read_labels(path, images):
     return np.argsort(first[number], kind="stable"), len(sizes)
 
 
-def load_split(data_dir, split, images_per_class):
+def load_split(data_dir, split, images_per_class, crc32=None):
     """Load a split, `<split>_features.npy` (images, width): a float32 tensor (classes, members, width).
 
     `<split>_labels.npy` beside it says the class of every image; without it `images_per_class` images lie
-    together. Training never reads labels: where they lie beside, training features may be any number, then of
-    one row. Other floats become float32. Raises UserError for a missing or damaged file, a wrong shape, dtype
-    or number of images, values that are negative, NaN or infinite, and what `read_labels` refuses.
+    together. Training needs no classes: its features may be any number, then of one row. Other floats become
+    float32. Raises UserError for a missing or damaged file, a wrong shape, dtype or number of images, values
+    that are negative, NaN or infinite, another checksum than `crc32`, and what `read_labels` refuses.
     """
     path = Path(data_dir) / f"{split}_features.npy"
     try:
@@ -68,12 +71,16 @@ def load_split(data_dir, split, images_per_class):
         raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (images, features)")
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise UserError(f"{path}: dtype {array.dtype}, expected float32 (or another float)")
-    beside = path.with_name(f"{split}_labels.npy")
-    labelled = None if split == "train" else read_labels(beside, len(array))
+    found = zlib.crc32(np.ascontiguousarray(array))
+    if crc32 not in (None, found):
+        said = f"{crc32} expected, as features.json beside it says; without features.json, it is read"
+        raise UserError(f"{path}: features of checksum {found} found, {said}")
+    labels = path.with_name(f"{split}_labels.npy")
+    labelled = None if split == "train" else read_labels(labels, len(array))
     if labelled:
         order, classes = labelled
         array, images_per_class = array[order], len(array) // classes
-    elif split == "train" and len(array) % images_per_class and beside.exists():
+    elif split == "train" and len(array) % images_per_class:
         images_per_class = len(array)
     elif len(array) % images_per_class:
         raise UserError(f"{path}: {len(array)} images, expected a multiple of --images-per-class {images_per_class}")

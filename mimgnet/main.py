@@ -263,7 +263,7 @@ def load_splits(args, described):
         if not known and name != "train" and not (args.data_dir / f"{name}_labels.npy").exists():
             found = f"neither features.json nor {name}_labels.npy found in {args.data_dir}"
             raise UserError(f"--images-per-class: {found}, the number of images of a class expected (600 in Mini-ImageNet)")
-        splits[name] = load_split(args.data_dir, name, known or 1)
+        splits[name] = load_split(args.data_dir, name, known or 1, described.get("crc32", {}).get(name))
         if known and name != "train" and splits[name].shape[1] != known:
             found = f"{splits[name].shape[1]} images a class found in {name}_labels.npy"
             raise UserError(f"{args.data_dir}: {found}, {known} expected as --images-per-class or features.json say")

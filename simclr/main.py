@@ -165,7 +165,8 @@ def export(splits, device, args):
         os.replace(beside[target], target)
         print(f"{target}  {array.shape} {array.dtype}")
     counts = {name: images.shape[1] for name, images in splits.items()}
-    write_json(described, {"train_epochs": epoch, **training, "encoder_crc32": checksum(encoder), "images_per_class": counts})
+    sums = {name: zlib.crc32(array) for name, array in zip(features, arrays.values())}
+    write_json(described, {"train_epochs": epoch, **training, "encoder_crc32": checksum(encoder), "images_per_class": counts, "crc32": sums})
     if not args.checkpoint:
         save_checkpoint(args.save_dir / "encoder.pt", {"model": encoder.state_dict(), "sizes": encoder.sizes, "epoch": epoch, "training": training})
     return features

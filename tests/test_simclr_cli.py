@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ data, model = load("simclr", "dataloader"), load("simclr", "model")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads would only wait for each other over models this small
 TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --way 2 --query 1 --eval-episodes 6 --test-shot 1 2 --device cpu".split()
 
-# What features.json says of a run with these flags, beside the encoder's checksum.
+# What features.json says of a run with these flags, beside the checksums.
 TINY_FEATURES = {
     "train_epochs": 3, "batch_size": 8, "view_size": 84,
     "loss": "nt-xent", "views": 2, "crop_scale": 0.08, "jitter": 0.8, "hue": 0.2,
@@ -119,7 +120,8 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     assert (tmp_path / "s/test.json").read_text() == (folder / "test.json").read_text()
     said = json.loads((features / "features.json").read_text())
     assert said == json.loads((tmp_path / "f/features.json").read_text())
-    assert said.pop("encoder_crc32") > 0 and said == TINY_FEATURES
+    sums = {split: zlib.crc32(array) for split, array in read_features(features).items()}
+    assert said.pop("encoder_crc32") > 0 and said.pop("crc32") == sums and said == TINY_FEATURES
     result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", folder, "--feature-save-dir", tmp_path / "best")
     assert result.returncode == 0, result.stderr
     best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
@@ -186,7 +188,7 @@ def test_a_prototypical_run_resumes_as_if_never_interrupted(data_dir, tmp_path):
     assert metrics(whole)[0].keys() == {"epoch", "step", "prototypical", "2way1shot", "2way5shot"}
     said = json.loads((features / "features.json").read_text())
     views = {"views": 4, "view_size": 64, "crop_scale": 0.2, "jitter": 0.4, "hue": 0.1}
-    assert said.pop("encoder_crc32") > 0 and said == TINY_FEATURES | views | {"loss": "prototypical"}
+    assert said.pop("encoder_crc32") > 0 and said.pop("crc32") and said == TINY_FEATURES | views | {"loss": "prototypical"}
     assert said == said | torch.load(whole / "encoder.pt", weights_only=True)["training"]
     flags = [*flags, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
     assert run("simclr", STOPPED, *flags, script="-c").returncode == 128 + signal.SIGTERM
