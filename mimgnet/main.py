@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataloader import check_episodes, check_width, draw_sets, load_split, read_description
+from dataloader import check_apart, check_episodes, check_width, draw_sets, load_split, read_description
 from evaluate import evaluate_split
 from model import GMVAE
 from runtime import (
@@ -267,6 +267,7 @@ def load_splits(args, described):
         if known and name != "train" and splits[name].shape[1] != known:
             found = f"{splits[name].shape[1]} images a class found in {name}_labels.npy"
             raise UserError(f"{args.data_dir}: {found}, {known} expected as --images-per-class or features.json say")
+    check_apart(args.data_dir, splits)
     check_episodes(args.data_dir, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if not args.eval_only:
         for name in ("val", "test"):

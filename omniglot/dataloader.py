@@ -1,5 +1,6 @@
 """Images as one tensor on the device; training sets and few-shot episodes are indices into it."""
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,24 @@ def check_episodes(data_dir, split, images, ways, shots, query):
         raise UserError(
             f"{path}: {drawings} drawings a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
         )
+
+
+def check_apart(data_dir, splits):
+    """Raise UserError where more than one image in a hundred of a split, or a whole class, is in another one too.
+
+    Of floats, what 8 bits keep of them counts. Equal images of one split, as blank ones, count once.
+    """
+    sets = {}
+    for name, images in splits.items():
+        images = images if images.dtype == torch.uint8 else (255 * images).round().byte()
+        sets[name] = [{hash(image.tobytes()) for image in members} for members in images.numpy()]
+    for one, other in combinations(sets, 2):
+        every = [set().union(*sets[name]) for name in (one, other)]
+        alike = every[0] & every[1]
+        whole = any(1 < len(members) and members <= alike for name in (one, other) for members in sets[name])
+        if whole or len(alike) > max(1, min(map(len, every)) / 100):
+            found = f"{len(alike)} images of {one} found in {other} too"
+            raise UserError(f"{data_dir}: {found}, different ones in each split expected")
 
 
 def as_float(images):

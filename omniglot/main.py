@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataloader import check_episodes, draw_sets, load_split
+from dataloader import check_apart, check_episodes, draw_sets, load_split
 from evaluate import evaluate_split
 from model import GMVAE
 from pose import canonical, pose, warp
@@ -259,6 +259,7 @@ def load_splits(args):
     """The arrays this run needs, checked against its flags, {split: tensor}. Raises UserError."""
     names = ["test"] if args.eval_only else ["train", "val", "test"]
     splits = {name: load_split(args.data_dir, name) for name in names}
+    check_apart(args.data_dir, splits)
     check_episodes(args.data_dir, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if not args.eval_only:
         check_episodes(args.data_dir, "val", splits["val"], [args.way], VALIDATION_SHOTS, args.query)

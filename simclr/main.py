@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dataloader import (
-    HUE, JITTER, SCALE, check_episodes, contact_sheet, epoch_order, load_split, plain_views, training_views,
+    HUE, JITTER, SCALE, check_apart, check_episodes, contact_sheet, epoch_order, load_split, plain_views, training_views,
 )  # fmt: skip
 from fewshot import evaluate, logistic_regression, nearest_mean, standardise
 from model import Encoder, nt_xent, projection_head, prototypical
@@ -318,6 +318,7 @@ def load_splits(args):
     splits = {name: load_split(data_dir, name) for name in SPLITS}
     if args.contact_sheet:
         return splits
+    check_apart(data_dir, splits)
     if args.probe:
         check_episodes(data_dir, "test", splits["test"], [args.way], args.test_shot, args.query)
     if not args.export_only:
