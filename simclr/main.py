@@ -293,20 +293,21 @@ def train(splits, device, bf16, config, stop, args):
 
 
 def prepared(args):
-    """The folder with the prepared arrays: --data-dir, or <save-dir>/data, made from the images and CSVs in --data-dir.
+    """Find the prepared arrays: --data-dir, or <save-dir>/data, made from the images and CSVs in --data-dir.
 
-    A run keeps the arrays it was started with. Raises UserError if they cannot be made, or would be put beside another run.
+    Made again where those there are of other images, unless a run has been trained on them. Raises UserError.
     """
     if (args.data_dir / "train.npy").exists() or not (args.data_dir / "train.csv").exists():
         return args.data_dir
-    out = args.save_dir / "data"
-    if (args.save_dir / "config.json").exists() and (out / "train.npy").exists():
-        return out
-    if (args.save_dir / "last.pt").exists():
-        raise UserError(f"--save-dir: {args.save_dir} holds a run on other arrays than the images in {args.data_dir}, an empty folder expected")
+    out, trained = args.save_dir / "data", (args.save_dir / "last.pt").exists()
+    if trained and not out.exists():
+        found = f"--save-dir: {args.save_dir} holds a run on other arrays than the images in {args.data_dir}"
+        raise UserError(f"{found}, an empty folder expected")
     if not PREPARE.exists():
-        raise UserError(f"--data-dir: {args.data_dir} holds unprepared images, what data/imgnet/prepare.py makes of them expected ({PREPARE} not found)")
-    made = subprocess.run([sys.executable, PREPARE, "--source", args.data_dir, "--out", out])
+        found = f"--data-dir: {args.data_dir} holds unprepared images ({PREPARE} not found)"
+        raise UserError(f"{found}, what data/imgnet/prepare.py makes of them expected")
+    flags = ["--source", args.data_dir, "--out", out, "--if-changed", "fail" if trained else "again"]
+    made = subprocess.run([sys.executable, PREPARE, *flags])
     if made.returncode:
         sys.exit(made.returncode)  # it has said why
     return out

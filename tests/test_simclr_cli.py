@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,45 @@ def test_the_original_layout_is_prepared_first(whole_run, source_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
     assert (tmp_path / "s/data/classes.json").exists()
+
+
+@pytest.fixture(scope="module")
+def other_dir(source_dir, tmp_path_factory):
+    """The data set of `source_dir` with two training images of one class changed for each other."""
+    folder = shutil.copytree(source_dir, tmp_path_factory.mktemp("other") / "source")
+    one, other = (folder / f"images/train0_{member}.jpg" for member in (0, 3))
+    a, b = one.read_bytes(), other.read_bytes()
+    one.write_bytes(b), other.write_bytes(a)
+    return folder
+
+
+def test_arrays_of_other_images_are_not_used(source_dir, other_dir, tmp_path):
+    folder, features = tmp_path / "s", tmp_path / "f"
+
+    def start(source, *flags, place=folder):
+        place = ["--save-dir", place, "--feature-save-dir", features]
+        return run("simclr", "--data-dir", source, *TINY, "--train-epochs", 1, *place, *flags)
+
+    def trained_on():
+        return json.loads((folder / "config.json").read_text())["data"]["train"]["crc32"]
+
+    # A start that ends before its first checkpoint leaves arrays that nothing depends on.
+    fails(start(source_dir, "--lr", 1e38), "not finite")
+    assert start(other_dir).returncode == 0
+    arrays = np.load(folder / "data/train.npy")
+    assert trained_on() == zlib.crc32(arrays)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for flags in (["--resume"], ["--export-only"], []):
+        fails(start(source_dir, *flags), f"--source: other images found than those that {folder / 'data'} was made from")
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert start(other_dir, "--resume").returncode == 0 and start(other_dir, "--export-only").returncode == 0
+    exported = []
+    for source in (other_dir, source_dir):
+        result = start(source, "--export-only", "--checkpoint", folder / "encoder.pt", place=tmp_path / "export")
+        assert result.returncode == 0, result.stderr
+        assert ("other train data than those of the run" in result.stdout) == (source == source_dir)
+        exported.append(np.load(features / "train_features.npy"))
+    assert (exported[0] != exported[1]).any()
 
 
 def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):

@@ -230,11 +230,8 @@ def unchanged(out, facts, otherwise):
     return before is not None and before == facts["source_crc32"]
 
 
-def prepare(source, out, folder, if_changed):
-    """Write the big arrays into `folder`: -> ({file name: array, or path of one}, what classes.json says).
-
-    None where `if_changed` and `out` holds them. Raises SourceError with every problem in one message.
-    """
+def look(source):
+    """Find what to decode: -> (rows, class names, places, problems). Raises SourceError for the CSVs."""
     rows, classes, problems = {}, {}, []
     for split in SPLITS:
         try:
@@ -243,16 +240,17 @@ def prepare(source, out, folder, if_changed):
             problems.append(str(error))
     if problems:
         raise SourceError("; ".join(problems))
-    problems += check_counts(rows)
     found, damaged = find_images(source)
-    problems += damaged
     places = place_images(rows, found)
-    problems += check_places(source, rows, places, found)
-    facts = dict(classes)
-    if if_changed and not problems:
-        facts["source_crc32"] = checksum(rows, places)
-        if unchanged(out, facts, if_changed):
-            return None
+    problems = [*check_counts(rows), *damaged, *check_places(source, rows, places, found)]
+    return rows, classes, places, problems
+
+
+def prepare(rows, classes, places, problems, folder):
+    """Decode the images into `folder`: -> {file name: array, or the path of a large one}.
+
+    Raises SourceError with every problem in one message.
+    """
     for jobs in places.values():
         jobs[:] = [job if isinstance(job, tuple) else None for job in jobs]
     sums, broken = decode_all(places, folder)
@@ -269,7 +267,7 @@ def prepare(source, out, folder, if_changed):
         number = {label: i for i, label in enumerate(classes[split])}
         files[split] = folder / f"{split}.npy"
         files[f"{split}_labels"] = np.array([number[label] for _, label in rows[split]], np.int64)
-    return files, facts
+    return files
 
 
 def write_all(out, files, facts):
@@ -319,18 +317,21 @@ def main():
                         help="folder with the three CSVs and images/ or zips of it")  # fmt: skip
     parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--if-changed", choices=["again", "fail"],
-                        help="keep the arrays in --out if they are of this source; if not, so do")  # fmt: skip
+                        help="keep the arrays in --out if of this source; if not, so do")  # fmt: skip
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:
         if not args.source.is_dir():
             expected = "a folder with the three CSVs and images/ or zips of it expected"
             raise SourceError(f"--source: {args.source} found, {expected}")
-        there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
-        with tempfile.TemporaryDirectory(dir=there, prefix=".prepare-") as folder:
-            made = prepare(args.source, args.out, Path(folder), args.if_changed)
-            if made:
-                write_all(args.out, *made)
+        rows, classes, places, problems = look(args.source)
+        facts = dict(classes)
+        if args.if_changed and not problems:
+            facts["source_crc32"] = checksum(rows, places)
+        if "source_crc32" not in facts or not unchanged(args.out, facts, args.if_changed):
+            there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
+            with tempfile.TemporaryDirectory(dir=there, prefix=".prepare-") as folder:
+                write_all(args.out, prepare(rows, classes, places, problems, Path(folder)), facts)
     except (SourceError, BrokenProcessPool, OSError, MemoryError) as error:
         print(f"prepare.py: error: {in_words(error, args.out)}", file=sys.stderr)
         sys.exit(2)
