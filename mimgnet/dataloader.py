@@ -65,7 +65,8 @@ def load_split(data_dir, split, images_per_class, crc32=None):
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; make it with simclr/main.py, option --feature-save-dir") from None
+        make = "make it with simclr/main.py, option --feature-save-dir"
+        raise UserError(f"{path}: not found; {make}") from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
@@ -84,14 +85,16 @@ def load_split(data_dir, split, images_per_class, crc32=None):
     elif split == "train" and len(array) % images_per_class:
         images_per_class = len(array)
     elif len(array) % images_per_class:
-        raise UserError(f"{path}: {len(array)} images, expected a multiple of --images-per-class {images_per_class}")
+        expected = f"expected a multiple of --images-per-class {images_per_class}"
+        raise UserError(f"{path}: {len(array)} images, {expected}")
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
         array = array.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(array).all(1))
     if bad:
         raise UserError(f"{path}: {bad} images with NaN or infinite features, expected finite float32 values")
     if array.min() < 0:
-        raise UserError(f"{path}: features down to {array.min()} found, none below zero expected: the decoder ends in a ReLU")
+        expected = "none below zero expected: the decoder ends in a ReLU"
+        raise UserError(f"{path}: features down to {array.min()} found, {expected}")
     return torch.from_numpy(array).unflatten(0, (-1, images_per_class))
 
 
@@ -99,12 +102,12 @@ def check_episodes(data_dir, split, images, ways, shots, query):
     """Raises UserError unless the split has the classes and images that the episodes need."""
     path = Path(data_dir) / f"{split}_features.npy"
     classes, per_class = images.shape[:2]
-    if classes < max(ways):
-        raise UserError(f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes")
-    if per_class < max(shots) + query:
-        raise UserError(
-            f"{path}: {per_class} images a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
-        )
+    way, shot = max(ways), max(shots)
+    if classes < way:
+        raise UserError(f"{path}: {classes} classes, expected at least {way} for {way}-way episodes")
+    if per_class < shot + query:
+        expected = f"expected at least {shot + query} (shot {shot} + query {query})"
+        raise UserError(f"{path}: {per_class} images a class, {expected}")
 
 
 def check_apart(data_dir, splits):

@@ -50,11 +50,13 @@ def load_split(data_dir, split):
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; make it with data/omniglot/prepare.py or data/glyphs/prepare.py") from None
+        make = "make it with data/omniglot/prepare.py or data/glyphs/prepare.py"
+        raise UserError(f"{path}: not found; {make}") from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 5 or array.shape[2:] != (28, 28, 1) or 0 in array.shape:
-        raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (classes, drawings, 28, 28, 1)")
+    shape = getattr(array, "shape", ())
+    if len(shape) != 5 or shape[2:] != (28, 28, 1) or 0 in shape:
+        raise UserError(f"{path}: shape {shape or None}, expected (classes, drawings, 28, 28, 1)")
     if array.dtype == np.uint8:
         if array.max() < 2:
             raise UserError(f"{path}: uint8 values up to {array.max()}, expected ink up to 255")
@@ -73,12 +75,12 @@ def check_episodes(data_dir, split, images, ways, shots, query):
     """Raises UserError unless the split has the classes and drawings that the episodes need."""
     path = Path(data_dir) / f"{split}.npy"
     classes, drawings = images.shape[:2]
-    if classes < max(ways):
-        raise UserError(f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes")
-    if drawings < max(shots) + query:
-        raise UserError(
-            f"{path}: {drawings} drawings a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
-        )
+    way, shot = max(ways), max(shots)
+    if classes < way:
+        raise UserError(f"{path}: {classes} classes, expected at least {way} for {way}-way episodes")
+    if drawings < shot + query:
+        expected = f"expected at least {shot + query} (shot {shot} + query {query})"
+        raise UserError(f"{path}: {drawings} drawings a class, {expected}")
 
 
 def check_apart(data_dir, splits):
