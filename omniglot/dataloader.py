@@ -54,9 +54,9 @@ def load_split(data_dir, split):
         raise UserError(f"{path}: not found; {make}") from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
-    shape = getattr(array, "shape", ())
-    if len(shape) != 5 or shape[2:] != (28, 28, 1) or 0 in shape:
-        raise UserError(f"{path}: shape {shape or None}, expected (classes, drawings, 28, 28, 1)")
+    shape = getattr(array, "shape", None)  # None: several arrays in one file
+    if len(shape or ()) != 5 or shape[2:] != (28, 28, 1) or 0 in shape:
+        raise UserError(f"{path}: shape {shape}, expected (classes, drawings, 28, 28, 1)")
     if array.dtype == np.uint8:
         if array.max() < 2:
             raise UserError(f"{path}: uint8 values up to {array.max()}, expected ink up to 255")
@@ -84,7 +84,7 @@ def check_episodes(data_dir, split, images, ways, shots, query):
 
 
 def check_apart(data_dir, splits):
-    """Raise UserError where more than one image in a hundred of a split, or a whole class, is in another one too.
+    """Raise UserError where over 1 % of the images of a split, or a whole class, are in another one too.
 
     Of floats, what 8 bits keep of them counts. Equal images of one split, as blank ones, count once.
     """

@@ -72,7 +72,7 @@ def check_episodes(data_dir, split, images, ways, shots, query):
 
 
 def check_apart(data_dir, splits):
-    """Raise UserError where more than one image in a hundred of a split, or a whole class, is in another one too.
+    """Raise UserError where over 1 % of the images of a split, or a whole class, are in another one too.
 
     A few are in Mini-ImageNet (6 of 9,600 in val). Equal images of one split, as blank ones, count once.
     """

@@ -107,7 +107,7 @@ def characters(split, count, seed, bar):
 
 
 def write_all(out, counts, seed):
-    """Write the files of {split: number of characters}, all or none: beside their place first, then renamed."""
+    """Write {split: number of characters}, all or none: beside their place first, then renamed."""
     out.mkdir(parents=True, exist_ok=True)
     facts = {"seed": seed, "rotations": [0], "rows": "class i is character i"}
     facts |= {name: [f"{name}{i:04d}" for i in range(count)] for name, count in counts.items()}
