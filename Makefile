@@ -44,7 +44,6 @@ MINI := runs/mini$(if $(FAST),-fast)
 mini: .venv/run
 	@test -n "$(SOURCE)" || { echo "make mini: SOURCE is empty, SOURCE=<folder with images/ or zips and train.csv, val.csv, test.csv> expected" >&2; exit 2; }
 	@test -d "$(SOURCE)" || { echo "make mini: SOURCE: $(SOURCE) found, a folder expected" >&2; exit 2; }
-	@test ! -f data/imgnet/classes.json || echo "data/imgnet is prepared already: SOURCE is not read again; remove data/imgnet/classes.json to have it read"
-	test -f data/imgnet/classes.json || "$(BIN)/python" data/imgnet/prepare.py --source "$(SOURCE)"
+	"$(BIN)/python" data/imgnet/prepare.py --source "$(SOURCE)" --if-changed again
 	cd simclr && "$(BIN)/python" main.py --save-dir ../$(MINI)-simclr $(SIMCLR) --probe --resume
 	cd mimgnet && "$(BIN)/python" main.py --save-dir ../$(MINI) $(GMVAE) --resume

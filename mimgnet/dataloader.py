@@ -1,6 +1,8 @@
 """Features as one tensor on the device; training sets and few-shot episodes are indices into it."""
 
 import json
+import zlib
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +13,22 @@ from runtime import read_config
 
 
 def read_description(data_dir):
-    """features.json, which simclr/main.py writes beside the features: their encoder, and {"images_per_class": {split: ...}}.
+    """Read features.json, which simclr/main.py writes beside the features; {} if there is none.
 
-    {} if there is none, as with features of your own. Raises UserError if it is damaged.
+    It says which encoder made them and, of each split, {"images_per_class": ..., "crc32": ...}, the latter of
+    the array; files from before checksums have none. Raises UserError if it is damaged.
     """
     path = Path(data_dir) / "features.json"
     try:
         description = json.loads(path.read_text())
-        counts = description["images_per_class"].values()
+        counts, _ = description["images_per_class"].values(), description.get("crc32", {}).values()
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError):
         counts = [None]
     if not all(isinstance(count, int) and count > 0 for count in counts):
-        raise UserError(
-            f"{path}: not readable, the images per class of every split expected, as simclr/main.py writes them"
-        )
+        expected = "the images per class of every split expected, as simclr/main.py writes them"
+        raise UserError(f"{path}: not readable, {expected}")
     return description
 
 
@@ -52,66 +54,82 @@ def read_labels(path, images):
     return np.argsort(first[number], kind="stable"), len(sizes)
 
 
-def load_split(data_dir, split, images_per_class):
+def load_split(data_dir, split, images_per_class, crc32=None):
     """Load a split, `<split>_features.npy` (images, width): a float32 tensor (classes, members, width).
 
     `<split>_labels.npy` beside it says the class of every image; without it `images_per_class` images lie
-    together. Training never reads labels: where they lie beside, training features may be any number, then of
-    one row. Other floats become float32. Raises UserError for a missing or damaged file, a wrong shape, dtype
-    or number of images, values that are negative, NaN or infinite, and what `read_labels` refuses.
+    together. Training needs no classes: its features may be any number, then of one row. Other floats become
+    float32. Raises UserError for a missing or damaged file, a wrong shape, dtype or number of images, values
+    that are negative, NaN or infinite, another checksum than `crc32`, and what `read_labels` refuses.
     """
     path = Path(data_dir) / f"{split}_features.npy"
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: not found; make it with simclr/main.py, option --feature-save-dir"
-        ) from None
+        make = "make it with simclr/main.py, option --feature-save-dir"
+        raise UserError(f"{path}: not found; {make}") from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
         raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (images, features)")
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise UserError(f"{path}: dtype {array.dtype}, expected float32 (or another float)")
-    beside = path.with_name(f"{split}_labels.npy")
-    labelled = None if split == "train" else read_labels(beside, len(array))
+    found = zlib.crc32(np.ascontiguousarray(array))
+    if crc32 not in (None, found):
+        said = f"{crc32} expected, as features.json beside it says; without features.json, it is read"
+        raise UserError(f"{path}: features of checksum {found} found, {said}")
+    labels = path.with_name(f"{split}_labels.npy")
+    labelled = None if split == "train" else read_labels(labels, len(array))
     if labelled:
         order, classes = labelled
         array, images_per_class = array[order], len(array) // classes
-    elif split == "train" and len(array) % images_per_class and beside.exists():
+    elif split == "train" and len(array) % images_per_class:
         images_per_class = len(array)
     elif len(array) % images_per_class:
-        raise UserError(
-            f"{path}: {len(array)} images, expected a multiple of --images-per-class {images_per_class}"
-        )
+        expected = f"expected a multiple of --images-per-class {images_per_class}"
+        raise UserError(f"{path}: {len(array)} images, {expected}")
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
         array = array.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(array).all(1))
     if bad:
         raise UserError(f"{path}: {bad} images with NaN or infinite features, expected finite float32 values")
     if array.min() < 0:
-        raise UserError(
-            f"{path}: features down to {array.min()} found, none below zero expected: the decoder ends in a ReLU"
-        )
+        expected = "none below zero expected: the decoder ends in a ReLU"
+        raise UserError(f"{path}: features down to {array.min()} found, {expected}")
     return torch.from_numpy(array).unflatten(0, (-1, images_per_class))
 
 
 def check_episodes(data_dir, split, images, ways, shots, query):
-    """Raises UserError unless the split has the classes and images that the episodes need."""
+    """Check that a split has the classes and images that its episodes need. Raises UserError."""
     path = Path(data_dir) / f"{split}_features.npy"
     classes, per_class = images.shape[:2]
-    if classes < max(ways):
-        raise UserError(
-            f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes"
-        )
-    if per_class < max(shots) + query:
-        raise UserError(
-            f"{path}: {per_class} images a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
-        )
+    way, shot = max(ways), max(shots)
+    if classes < way:
+        raise UserError(f"{path}: {classes} classes, expected at least {way} for {way}-way episodes")
+    if per_class < shot + query:
+        expected = f"expected at least {shot + query} (shot {shot} + query {query})"
+        raise UserError(f"{path}: {per_class} images a class, {expected}")
+
+
+def check_apart(data_dir, splits):
+    """Check that no class, and at most 1 % of the images, of a split are in another one. Raises UserError.
+
+    A few are in Mini-ImageNet (6 of 9,600 in val). Equal images of one split, as blank ones, count once.
+    """
+    sets = {}
+    for name, images in splits.items():
+        sets[name] = [{hash(image.tobytes()) for image in members} for members in images.numpy()]
+    for one, other in combinations(sets, 2):
+        every = [set().union(*sets[name]) for name in (one, other)]
+        alike = every[0] & every[1]
+        whole = any(1 < len(members) and members <= alike for name in (one, other) for members in sets[name])
+        if whole or len(alike) > max(1, min(map(len, every)) / 100):
+            found = f"{len(alike)} images of {one} found in {other} too"
+            raise UserError(f"{data_dir}: {found}, different ones in each split expected")
 
 
 def check_width(data_dir, split, images, width, source):
-    """Raises UserError unless the split's features are `width` wide, as `source` is."""
+    """Check that a split's features are `width` wide, as `source` is. Raises UserError."""
     found = images.shape[-1]
     if found != width:
         path = Path(data_dir) / f"{split}_features.npy"
@@ -149,10 +167,11 @@ def load_splits(args, described):
             found = f"neither features.json nor {name}_labels.npy found in {folder}"
             expected = "the number of images of a class expected (600 in Mini-ImageNet)"
             raise UserError(f"--images-per-class: {found}, {expected}")
-        splits[name] = load_split(folder, name, known or 1)
+        splits[name] = load_split(folder, name, known or 1, described.get("crc32", {}).get(name))
         if known and name != "train" and splits[name].shape[1] != known:
             found = f"{splits[name].shape[1]} images a class found in {name}_labels.npy"
             raise UserError(f"{folder}: {found}, {known} expected as --images-per-class or features.json say")
+    check_apart(folder, splits)
     check_episodes(folder, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if args.eval_only:
         return splits

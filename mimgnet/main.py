@@ -25,19 +25,11 @@ from tqdm import tqdm
 
 from dataloader import check_encoder, check_width, draw_sets, load_splits, read_description
 from evaluate import evaluate_split, summary, test
-from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16, user_path
+from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16
+from machine import user_path, write
 from model import GMVAE, load_model
-from runtime import (
-    Log,
-    describe_run,
-    load_checkpoint,
-    open_folder,
-    restore,
-    save_checkpoint,
-    snapshot,
-    write,
-    write_json,
-)
+from runtime import Log, describe_run, load_checkpoint, open_folder, restore, save_checkpoint
+from runtime import say_other_data, snapshot, write_json
 
 VALIDATION_SEED = 1  # of the episodes: the same for every run
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
@@ -210,7 +202,9 @@ def train(splits, device, bf16, config, stop, args):
     write_metrics(args, history)  # a kill may have come between last.pt and it
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
-    log = Log(args.save_dir, ("reconstruction", "kl"), model.parameters(), start)
+    highest = images.max().item()
+    hint = f"; features up to {highest:.4g} found, of a few units expected: divide them all by one number"
+    log = Log(args.save_dir, ("reconstruction", "kl"), model.parameters(), start, hint * (highest > 100))
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(desc=args.save_dir.name, total=args.train_iters, initial=start, unit="step", mininterval=quiet)
@@ -282,6 +276,7 @@ def main():
         config = open_folder(args.save_dir, config, args.resume, free, testing=args.eval_only)
         if args.eval_only:
             write_json(args.save_dir / "config.json", config)
+            say_other_data(args.checkpoint, config["data"])
         else:
             with catch_stop() as stop:
                 train(splits, device, bf16, config, stop, args)

@@ -48,9 +48,10 @@ def m_step(z, resp, mu):
 def fit_prior(z, components, iters, fix_pi=False, generator=None, start="samples"):
     """Fit, by unsupervised EM with identity covariance, the prior psi* = (pi, mu) of each set.
 
-    z (B, M, S, D) -> pi (B, K), mu (B, K, D), fitted to the M S samples of each set. Starts from uniform pi and K
-    random "samples" (released code), or samples of K different "images"; where a set has fewer than K images, each
-    gives one sample before any gives a second. Constants for the gradient (paper, EM while meta-training).
+    z (B, M, S, D) -> pi (B, K), mu (B, K, D), fitted to the M S samples of each set. Starts from uniform pi
+    and K random "samples" (released code), or samples of K different "images"; where a set has fewer than K
+    images, each gives one sample before any gives a second. Constants for the gradient (paper, EM while
+    meta-training).
     """
     B, M, S, D = z.shape
     draw = torch.rand(B, M, S, device=z.device, generator=generator)
@@ -76,11 +77,11 @@ def log_prior(z, pi, mu):
 def adapt(support, query, iters, reading="unit"):
     """Fit mean and diagonal variance of every class of an episode by semi-supervised EM.
 
-    support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples.
-    -> mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit" variance (released code), the variance
-    "learned" so far (paper, figure 1), "tied", learned but shared by the classes (their mean, weighted by their
-    samples), or "k-means": unit variance, each sample wholly in its likeliest class.
-    Without iterations: support means, variance 1.
+    support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples. ->
+    mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit" variance (released code), the variance
+    "learned" so far (paper, figure 1), "tied", learned but shared by the classes (their mean, weighted by
+    their samples), or "k-means": unit variance, each sample wholly in its likeliest class. Without
+    iterations: support means, variance 1.
     """
     B, K, n, D = support.shape
     pi = support.new_full((B, K), 1 / K)

@@ -1,9 +1,11 @@
-"""The networks of Meta-GMVAE for feature vectors, its training objective and its prediction; mixture.py has the mathematics.
+"""The networks of Meta-GMVAE for features, its objective and its prediction; mixture.py has the mathematics.
 
-Symbols: B sets (or episodes), M images of a set, S Monte-Carlo samples of an image, D latent size, K components.
+Symbols: B sets (or episodes), M images of a set, S Monte-Carlo samples of an image, D latent size, K
+components.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,9 @@ from runtime import load_checkpoint
 class SetAttention(nn.Module):
     """Self-attention over the members of a set, without layer norm: (B, M, width) -> the same.
 
-    h = q + softmax(q k^T / sqrt(width)) v in 4 heads, or as many as divide the width; out = h + relu(W h). The
-    residual adds the projected query and the scale is the full width's, not a head's, as in the released code.
+    h = q + softmax(q k^T / sqrt(width)) v in 4 heads, or as many as divide the width; out = h + relu(W h).
+    The residual adds the projected query and the scale is the full width's, not a head's, as in the released
+    code.
     """
 
     def __init__(self, width, heads=4):
@@ -69,10 +72,11 @@ class GMVAE(nn.Module):
         return x
 
     def posterior(self, h):
-        """Return q(z_i | x_i, X) of every member of a set: features (B, M, width) -> mean, log variance (B, M, D).
+        """Return q(z_i | x_i, X) of every member of a set: features (B, M, width) -> mean, log variance (B,
+        M, D).
 
-        Without set attention q(z_i | x_i): every image is a set of its own. The last linear map is float32 always:
-        bfloat16 would round a latent to three digits.
+        Without set attention q(z_i | x_i): every image is a set of its own. The last linear map is float32
+        always: bfloat16 would round a latent to three digits.
         """
         sets = h if self.sizes["set_attention"] else h.flatten(0, 1).unsqueeze(1)
         *attention, linear = self.set_network
@@ -93,9 +97,9 @@ class GMVAE(nn.Module):
         """Return both terms of the negative evidence lower bound, an image; their sum is the objective.
 
         x (B, M, width) -> (-E log p(x|z), E[log q(z|x,X) - log p_psi*(z)]), means over images and Monte-Carlo
-        samples. -log p(x|z) is the squared error summed over features (no 1/2, no constant: a Gaussian of variance
-        1/2). psi* is fitted to the sets' own samples inside and carries no gradient.
-        `decoded` of each image's samples, drawn anew, pass the decoder (None: all): an unbiased estimate.
+        samples. -log p(x|z) is the squared error summed over features (no 1/2, no constant: a Gaussian of
+        variance 1/2). psi* is fitted to the sets' own samples inside and carries no gradient. `decoded` of
+        each image's samples, drawn anew, pass the decoder (None: all): an unbiased estimate.
         """
         B, M = x.shape[:2]
         mean, log_var = self.posterior(x)
@@ -114,8 +118,8 @@ class GMVAE(nn.Module):
     def predict_encoded(self, h, way, shot, noise, em_iters=10, reading="unit"):
         """Classify the query images of episodes from features: `classify` on samples of the posterior.
 
-        h (B, way shot + Q, width), the support first, class by class; noise (B, way shot + Q, S, D) -> probabilities
-        (B, Q, way). Support and query pass the set network together (transductive).
+        h (B, way shot + Q, width), the support first, class by class; noise (B, way shot + Q, S, D) ->
+        probabilities (B, Q, way). Support and query pass the set network together (transductive).
         """
         mean, log_var = self.posterior(h)
         z = sample_posterior(mean, log_var, noise)
@@ -126,14 +130,17 @@ class GMVAE(nn.Module):
     def predict(self, support, query, samples=256, em_iters=10, reading="unit", seed=0):
         """Classify query features given a few labeled ones of each class; the model in evaluation mode.
 
-        support (way, shot, width), query (N, width) -> probabilities (N, way). The queries are looked at together (transductive);
-        without EM on them: em_iters=0. `seed` is of the Monte-Carlo samples.
+        support (way, shot, width), query (N, width) -> probabilities (N, way). The queries are looked at
+        together (transductive); without EM on them: em_iters=0. `seed` is of the Monte-Carlo samples.
         """
         way, shot = support.shape[:2]
         h = self.encode(torch.cat([support.flatten(0, 1), query]))
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(h), samples, self.sizes["latent_size"], generator=generator).to(h.device)
         return self.predict_encoded(h[None], way, shot, noise[None], em_iters, reading)[0]
+
+
+PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 
 
 def load_model(path):
@@ -143,8 +150,9 @@ def load_model(path):
     """
     checkpoint = load_checkpoint(path)
     try:
+        weights = checkpoint.get("average") or checkpoint["model"]
         model = GMVAE(**checkpoint["sizes"])
-        model.load_state_dict(checkpoint.get("average") or checkpoint["model"])
+        model.load_state_dict({PREFIX.sub("", name): of for name, of in weights.items()})
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this experiment ({in_short(error)})") from None
     if not all(p.isfinite().all() for p in model.parameters()):

@@ -14,30 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machine import HERE, UserError, device_name, in_short
+from machine import HERE, UserError, device_name, in_short, write
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def write(path, data):
-    """Write bytes or text; a kill leaves the old file or the new one, whole. Raises UserError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: not written ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -83,9 +65,6 @@ def restore(parts, path, progress):
         raise UserError(f"{path}: not {expected} ({in_short(error)})") from None
 
 
-# --- the folder of a run --------------------------------------------------------------------------
-
-
 def describe_run(args, device, precision, arrays):
     """Say what made a run, for config.json: command, flags, precision, device, versions, commit, data.
 
@@ -97,13 +76,16 @@ def describe_run(args, device, precision, arrays):
     except OSError:
         commit = ""
     sums = {split: zlib.crc32(array.contiguous().numpy()) for split, array in arrays.items()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return {
         "command": shlex.join(["python", *sys.argv]),
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in args.items()},
         "precision": precision,
         "device": device_name(device),
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "git_commit": commit or None,
         "data": {split: {"shape": list(arrays[split].shape), "crc32": crc} for split, crc in sums.items()},
     }
@@ -133,11 +115,20 @@ def differences(config, before, free):
     return "; ".join(f"{flag}{found[k]} found, {expected[k]} expected" for k, flag in flags.items())
 
 
+def say_other_data(place, data):
+    """Print a line if `data`, as `describe_run` has them, are not those of the run at a place."""
+    folder = place if place.is_dir() else place.parent
+    trained_on = read_config(folder).get("data", {})
+    other = [split for split, of in data.items() if trained_on.get(split, of) != of]
+    if other:
+        print(f"other {', '.join(other)} data than those of the run in {folder}, as its config.json says")
+
+
 def open_folder(folder, config, resume=False, free=(), testing=False):
     """Open the folder of a run for this process alone; return the config.json to write there.
 
-    A resumed run keeps its first one and adds this time to `resumed`; only the `free` flags may differ. What ended
-    before its first checkpoint counts as nothing, a test replaces a test. Raises UserError.
+    A resumed run keeps its first one, adds this time to `resumed`, and only the `free` flags may differ. What
+    ended before its first checkpoint counts as nothing, a test replaces a test. Raises UserError.
     """
     before, last = read_config(folder), folder / "last.pt"
     signs = ("last.pt", "metrics.jsonl") if testing else ("last.pt", "metrics.jsonl", "test.json")
@@ -163,6 +154,7 @@ def open_folder(folder, config, resume=False, free=(), testing=False):
         (folder / "test.json").unlink(missing_ok=True)
     if not held:
         return config
+    say_other_data(folder, config["data"])  # those of the test may differ
     again = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
     return before | {"args": config["args"], "resumed": [*before.get("resumed", []), again]}
 
@@ -170,8 +162,8 @@ def open_folder(folder, config, resume=False, free=(), testing=False):
 class Log:
     """Losses, read from the device many steps at a time, and their curves where tensorboard is installed."""
 
-    def __init__(self, folder, names, parameters, step):
-        self.names, self.parameters, self.pending = names, list(parameters), []
+    def __init__(self, folder, names, parameters, step, hint=""):
+        self.names, self.parameters, self.pending, self.hint = names, list(parameters), [], hint
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -195,7 +187,7 @@ class Log:
             if not all(map(math.isfinite, row)) or (i == step and not weights):
                 found = ", ".join(f"{name} {value}" for name, value in terms.items())
                 what = "a weight" if all(map(math.isfinite, row)) else "the loss"
-                raise UserError(f"step {i}: {what} is not finite ({found}), finite ones expected")
+                raise UserError(f"step {i}: {what} is not finite ({found}), finite ones expected{self.hint}")
             for name, value in terms.items():
                 self.add_scalar(f"train/{name}", value, i)
         return terms

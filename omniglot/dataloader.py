@@ -1,5 +1,6 @@
 """Images as one tensor on the device; training sets and few-shot episodes are indices into it."""
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +52,13 @@ def load_split(data_dir, split):
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: not found; make it with data/omniglot/prepare.py or data/glyphs/prepare.py"
-        ) from None
+        make = "make it with data/omniglot/prepare.py or data/glyphs/prepare.py"
+        raise UserError(f"{path}: not found; {make}") from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim != 5
-        or array.shape[2:] != (28, 28, 1)
-        or 0 in array.shape
-    ):
-        raise UserError(
-            f"{path}: shape {getattr(array, 'shape', None)}, expected (classes, drawings, 28, 28, 1)"
-        )
+    shape = getattr(array, "shape", None)  # None: several arrays in one file
+    if len(shape or ()) != 5 or shape[2:] != (28, 28, 1) or 0 in shape:
+        raise UserError(f"{path}: shape {shape}, expected (classes, drawings, 28, 28, 1)")
     if array.dtype == np.uint8:
         if array.max() < 2:
             raise UserError(f"{path}: uint8 values up to {array.max()}, expected ink up to 255")
@@ -83,21 +77,38 @@ def check_episodes(data_dir, split, images, ways, shots, query):
     """Check that a split has the classes and drawings that its episodes need. Raises UserError."""
     path = Path(data_dir) / f"{split}.npy"
     classes, drawings = images.shape[:2]
-    if classes < max(ways):
-        raise UserError(
-            f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes"
-        )
-    if drawings < max(shots) + query:
-        expected = f"expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
+    way, shot = max(ways), max(shots)
+    if classes < way:
+        raise UserError(f"{path}: {classes} classes, expected at least {way} for {way}-way episodes")
+    if drawings < shot + query:
+        expected = f"expected at least {shot + query} (shot {shot} + query {query})"
         raise UserError(f"{path}: {drawings} drawings a class, {expected}")
+
+
+def check_apart(data_dir, splits):
+    """Check that no class, and at most 1 % of the images, of a split are in another one. Raises UserError.
+
+    Of floats, what 8 bits keep of them counts. Equal images of one split, as blank ones, count once.
+    """
+    sets = {}
+    for name, images in splits.items():
+        images = images if images.dtype == torch.uint8 else (255 * images).round().byte()
+        sets[name] = [{hash(image.tobytes()) for image in members} for members in images.numpy()]
+    for one, other in combinations(sets, 2):
+        every = [set().union(*sets[name]) for name in (one, other)]
+        alike = every[0] & every[1]
+        whole = any(1 < len(members) and members <= alike for name in (one, other) for members in sets[name])
+        if whole or len(alike) > max(1, min(map(len, every)) / 100):
+            found = f"{len(alike)} images of {one} found in {other} too"
+            raise UserError(f"{data_dir}: {found}, different ones in each split expected")
 
 
 def load_splits(args):
     """Load the arrays that a run needs, {split: tensor}; check them against its flags. Raises UserError."""
     folder = args.data_dir
-    splits = {
-        name: load_split(folder, name) for name in (["test"] if args.eval_only else ["train", "val", "test"])
-    }
+    names = ["test"] if args.eval_only else ["train", "val", "test"]
+    splits = {name: load_split(folder, name) for name in names}
+    check_apart(folder, splits)
     check_episodes(folder, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if args.eval_only:
         return splits

@@ -1,4 +1,4 @@
-"""Few-shot evaluation: episodes of a split, the accuracy of each, their mean and interval. The same in both folders."""
+"""Few-shot evaluation: the accuracy of episodes, their mean and interval. The same file in both folders."""
 
 import functools
 import json
@@ -6,9 +6,8 @@ import json
 import torch
 
 from dataloader import draw_episodes
-from machine import UserError
+from machine import UserError, write
 from model import load_model
-from runtime import write
 
 TEST_SEED = 2  # of the episodes: the same for every run
 NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that episodes draw from
@@ -18,8 +17,8 @@ NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that episodes draw from
 def encode_all(model, images):
     """Encode every image: in evaluation mode each is encoded alone, so once is enough.
 
-    images (classes, members, ...) -> (classes * members, width). cuDNN does not search for the fastest kernels
-    meanwhile: it may find others the next time, and with them other last bits.
+    images (classes, members, ...) -> (classes * members, width). cuDNN does not search for the fastest
+    kernels meanwhile: it may find others the next time, and with them other last bits.
     """
     at_once = 1000 if images.is_cuda else 200
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
@@ -30,7 +29,7 @@ def encode_all(model, images):
 
 @functools.lru_cache(maxsize=1)
 def noise_pool(samples, latent_size, device):
-    """Draw NOISE_POOL images' worth of Monte-Carlo noise, (NOISE_POOL, S, D); kept for the next evaluation."""
+    """Draw Monte-Carlo noise for NOISE_POOL images, (NOISE_POOL, S, D); kept for the next evaluation."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(NOISE_POOL, samples, latent_size, generator=generator).to(device)
 
@@ -39,9 +38,9 @@ def noise_pool(samples, latent_size, device):
 def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit"):
     """Return the accuracy of each episode, in percent: (episodes,).
 
-    features (images, width) from `encode_all`; episodes (count, way, shot + query) from `draw_episodes`. Support and
-    query pass the set network together (transductive). An episode takes its images' noise from somewhere in one pool
-    made on the CPU, the same on every device. Raises UserError for NaN.
+    features (images, width) from `encode_all`; episodes (count, way, shot + query) from `draw_episodes`.
+    Support and query pass the set network together (transductive). An episode takes its images' noise from
+    somewhere in one pool made on the CPU, the same on every device. Raises UserError for NaN.
     """
     count, way, members = episodes.shape
     pool = noise_pool(samples, model.sizes["latent_size"], features.device)
@@ -87,7 +86,7 @@ def evaluate_split(model, images, ways, shots, seed, args):
 
 
 def test(weights, images, args):
-    """Test checkpoints, {path: shots}; print the table and write it, with every episode's accuracy, to test.json."""
+    """Test checkpoints, {path: shots}; print the table, write it with every accuracy to test.json."""
     cells = {}
     for path, shots in weights.items():
         model = load_model(path).to(images.device)

@@ -1,4 +1,4 @@
-"""Three figures of a trained model: drawings generated from each fitted component, the latent space, the training curves.
+"""Draw three figures of a trained model: drawings of each component, the latent space, the training curves.
 
     python figures.py --checkpoint runs/5way/5shot_best.pt --data-dir ../data/omniglot
 
@@ -16,10 +16,10 @@ import torch
 
 from dataloader import as_float, check_episodes, draw_episodes, load_split
 from mixture import adapt, sample_posterior
-from machine import HERE, Parser, UserError, number, program, user_path
+from machine import HERE, Parser, UserError, number, program, user_path, write
 from model import load_model
 from pose import canonical, pose, put_back
-from runtime import read_config, write
+from runtime import read_config
 
 COLOURS = plt.get_cmap("tab10").colors
 
@@ -52,7 +52,10 @@ def parse_args(argv=None):
 
 @torch.no_grad()
 def fit_episode(model, images, args):
-    """One episode adapted by EM: its drawings (way, members, 28, 28), latent means and samples, class means and variances."""
+    """Adapt an episode by EM.
+
+    Its drawings (way, members, 28, 28), latent means, class means and variances.
+    """
     index = draw_episodes(images, args.way, args.shot, args.query, 1, args.episode)[0]
     x = as_float(images.flatten(0, 1)[index])  # (way, members, 28, 28, 1)
     generator = torch.Generator().manual_seed(args.episode)
@@ -78,8 +81,8 @@ def save(figure, path):
 def components(model, x, mu, var, path, shape=None, columns=8, seed=0):
     """Draw each class's real images beside images decoded from z ~ N(mu_k, var_k) of its fitted component.
 
-    x (way, members, 28, 28). With `shape`, of a model that decodes canonical drawings (--target-shape): the real ones
-    without their pose too, and the decoded ones put back in the pose of the real ones.
+    x (way, members, 28, 28). With `shape`, of a model that decodes canonical drawings (--target-shape): the
+    real ones without their pose too, and the decoded ones put back in the pose of the real ones.
     """
     columns = min(columns, x.shape[1])
     noise = torch.randn(len(mu), columns, mu.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -105,7 +108,7 @@ def components(model, x, mu, var, path, shape=None, columns=8, seed=0):
 
 
 def latents(mean, before, mu, path):
-    """The episode's posterior means on the plane that separates its class means best, with the component means before and after EM."""
+    """Draw posterior means on the plane that best separates the class means, these before and after EM."""
     centre = mean.flatten(0, 1).mean(0)
     plane = torch.linalg.svd(mean.mean(1) - centre, full_matrices=False).Vh[:2].T  # (D, 2)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True)
@@ -149,9 +152,8 @@ def main():
     with program():
         model, images = load_model(args.checkpoint), load_split(args.data_dir, "test")
         if model.sizes["latent_size"] < 2:
-            raise UserError(
-                f"{args.checkpoint}: a latent space of {model.sizes['latent_size']} dimension found, at least 2 expected to draw a plane of"
-            )
+            found = f"a latent space of {model.sizes['latent_size']} dimension found"
+            raise UserError(f"{args.checkpoint}: {found}, at least 2 expected to draw a plane of")
         check_episodes(args.data_dir, "test", images, [args.way], [args.shot], args.query)
         args.out.mkdir(parents=True, exist_ok=True)
         x, mean, before, mu, var = fit_episode(model, images, args)

@@ -1,4 +1,7 @@
-"""The decoder's transposed convolutions in forms that are fast on a CPU; elsewhere PyTorch's own layer runs."""
+"""The decoder's transposed convolutions in forms that are fast on a CPU.
+
+Elsewhere PyTorch's own layer runs.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +11,8 @@ from torch import nn
 class ConvTranspose(nn.ConvTranspose2d):
     """Convolve transposed, with stride 2 and padding 1: x (N, channels_in, H, W) -> (N, channels, ..., ...).
 
-    With a bias inside, oneDNN on a CPU takes twice the time, or ten times: it is added afterwards, unless it is
-    frozen at zero (`frozen_bias`).
+    With a bias inside, oneDNN on a CPU takes twice the time, or ten times: it is added afterwards, unless it
+    is frozen at zero (`frozen_bias`).
     """
 
     def __init__(self, channels_in, channels, kernel_size):
@@ -28,7 +31,10 @@ class ConvTranspose(nn.ConvTranspose2d):
 
 
 def frozen_bias(conv):
-    """Freeze a convolution's bias at zero where a batch norm follows: normalising would take it away again."""
+    """Freeze a convolution's bias at zero where a batch norm follows.
+
+    Normalising would take it away again.
+    """
     conv.bias.requires_grad_(False).zero_()
     return conv
 
@@ -38,8 +44,8 @@ class OneChannel(torch.autograd.Function):
 
     x (N, C, H, W), weight (C, 1, 4, 4) -> (N, 1, 2 H, 2 W).
 
-    Forward as one matrix product, of every pixel with its 4x4 taps, and their sums: a library's, made for many
-    channels, takes four times as long on a CPU. Backward is the library's.
+    Forward as one matrix product, of every pixel with its 4x4 taps, and their sums: a library's, made for
+    many channels, takes four times as long on a CPU. Backward is the library's.
     """
 
     @staticmethod
@@ -66,7 +72,8 @@ class OneChannel(torch.autograd.Function):
 def overlap(taps, dim):
     """Sum the taps that fall on the same place.
 
-    taps (4, ..., n, ...), four of each of n pixels along `dim` -> the n sums at even places, the n at odd ones.
+    taps (4, ..., n, ...), four of each of n pixels along `dim` -> the n sums at even places, the n at odd
+    ones.
     """
     even, odd, n = taps[1].clone(), taps[2].clone(), taps.shape[dim]
     even.narrow(dim, 1, n - 1).add_(taps[3].narrow(dim, 0, n - 1))  # of the pixel before

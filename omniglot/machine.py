@@ -1,4 +1,4 @@
-"""Between a program and its machine: errors, signals, memory, flags, device. The same in every folder."""
+"""Between a program and its machine: errors, signals, memory, files, flags, device. In every folder alike."""
 
 import argparse
 import ctypes
@@ -9,7 +9,7 @@ import re
 import shlex
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -29,12 +29,33 @@ def in_short(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+class Lenient:
+    """A stream that loses what it cannot write, to a closed pipe or a full disk: no reason to end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 @contextmanager
 def program():
     """Set up the process; end it in one line, with status 2, on a UserError or for want of memory."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it is closed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an encoding without ± shows ? for it
+        setattr(sys, name, Lenient(stream))
     keep_memory()
     torch.backends.cudnn.benchmark = True  # the shapes never change
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 on a GPU too
@@ -88,7 +109,8 @@ def catch_stop():
     def handler(signum, _):
         received.append(signum)
         signal.signal(signum, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler
 
     before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -96,6 +118,21 @@ def catch_stop():
     finally:
         for signum, earlier in before.items():
             signal.signal(signum, earlier)
+
+
+def write(path, data):
+    """Write bytes or text; a kill leaves the old file or the new one, whole. Raises UserError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -123,6 +160,10 @@ class Parser(argparse.ArgumentParser):
 
 def user_path(text):
     """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # TensorBoard cannot write there
+        raise argparse.ArgumentTypeError(f"{text!a} found, a name in UTF-8 expected") from None
     return Path(text).expanduser()
 
 

@@ -25,20 +25,12 @@ from tqdm import tqdm
 
 from dataloader import SHOTS, draw_sets, load_splits
 from evaluate import evaluate_split, summary, test
-from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16, user_path
+from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16
+from machine import user_path, write
 from model import GMVAE, load_model
 from pose import canonical, pose, warp
-from runtime import (
-    Log,
-    describe_run,
-    load_checkpoint,
-    open_folder,
-    restore,
-    save_checkpoint,
-    snapshot,
-    write,
-    write_json,
-)
+from runtime import Log, describe_run, load_checkpoint, open_folder, restore, save_checkpoint
+from runtime import say_other_data, snapshot, write_json
 
 VALIDATION_SEED = 1  # of the episodes: the same for every run
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
@@ -289,6 +281,7 @@ def main():
         config = open_folder(args.save_dir, config, args.resume, free, testing=args.eval_only)
         if args.eval_only:
             write_json(args.save_dir / "config.json", config)
+            say_other_data(args.checkpoint, config["data"])
         else:
             with catch_stop() as stop:
                 train(splits, device, bf16, config, stop, args)

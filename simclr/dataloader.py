@@ -1,10 +1,11 @@
-"""Images as one uint8 tensor on the device; random views of a batch by batched tensor operations, one draw for every image.
+"""Images as one uint8 tensor on the device; random views of a batch by batched tensor operations.
 
-The random numbers of a view are few and are drawn on the CPU: the same views on every device, and the numbers of
-images that each operation gets are known without waiting for a GPU.
+The random numbers of a view are few and are drawn on the CPU: the same views on every device, and the numbers
+of images that each operation gets are known without waiting for a GPU.
 """
 
 import math
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from machine import UserError
 
 SIZE = 84
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop's area to the image's, of its width to its height
-JITTER, HUE = 0.8, 0.2  # factors of brightness, contrast, saturation from 1 - JITTER to 1 + JITTER; shift of hue in turns
+JITTER, HUE = (
+    0.8,
+    0.2,
+)  # factors of brightness, contrast, saturation from 1 - JITTER to 1 + JITTER; shift of hue in turns
 STRENGTH = SCALE[0], JITTER, HUE  # what a caller may choose of the views: crop_scale, jitter, hue
 P_FLIP, P_JITTER, P_GREY = 0.5, 0.8, 0.2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in [0, 1]
@@ -35,26 +39,43 @@ def read_array(path):
 
 
 def load_split(data_dir, split):
-    """One split, `<split>.npy` with `<split>_labels.npy`: a uint8 tensor (classes, images of a class, 84, 84, 3).
+    """One split, `<split>.npy` with `<split>_labels.npy`: a uint8 tensor (classes, images of a class, 84, 84,
+    3).
 
-    Raises UserError for a missing or damaged file, a wrong shape or dtype, labels that are not one integer an image,
-    and classes that do not lie together or differ in size.
+    Raises UserError for a missing or damaged file, a wrong shape or dtype, labels that are not one integer an
+    image, and classes that do not lie together or differ in size.
     """
     path, beside = Path(data_dir) / f"{split}.npy", Path(data_dir) / f"{split}_labels.npy"
     images, labels = read_array(path), read_array(beside)
-    if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3) or 0 in images.shape:
-        raise UserError(f"{path}: shape {getattr(images, 'shape', None)}, expected (images, {SIZE}, {SIZE}, 3)")
+    if (
+        not isinstance(images, np.ndarray)
+        or images.ndim != 4
+        or images.shape[1:] != (SIZE, SIZE, 3)
+        or 0 in images.shape
+    ):
+        raise UserError(
+            f"{path}: shape {getattr(images, 'shape', None)}, expected (images, {SIZE}, {SIZE}, 3)"
+        )
     if images.dtype != np.uint8:
         raise UserError(f"{path}: dtype {images.dtype}, expected uint8")
-    if not isinstance(labels, np.ndarray) or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+    if (
+        not isinstance(labels, np.ndarray)
+        or labels.shape != images.shape[:1]
+        or labels.dtype.kind not in "iu"
+    ):
         found = f"{getattr(labels, 'dtype', None)} of shape {getattr(labels, 'shape', None)}"
-        raise UserError(f"{beside}: {found}, expected an integer for each of the {len(images)} images of {path.name}")
+        raise UserError(
+            f"{beside}: {found}, expected an integer for each of the {len(images)} images of {path.name}"
+        )
     starts = np.flatnonzero(np.diff(labels)) + 1
     sizes = np.diff([0, *starts, len(labels)])
     if len(np.unique(labels)) != len(sizes):
-        raise UserError(f"{beside}: {len(np.unique(labels))} classes in {len(sizes)} runs, expected the images of a class together")
+        found = f"{len(np.unique(labels))} classes in {len(sizes)} runs"
+        raise UserError(f"{beside}: {found}, expected the images of a class together")
     if sizes.min() != sizes.max():
-        raise UserError(f"{beside}: classes of {sizes.min()} to {sizes.max()} images, expected the same number in each")
+        raise UserError(
+            f"{beside}: classes of {sizes.min()} to {sizes.max()} images, expected the same number in each"
+        )
     return torch.from_numpy(images).unflatten(0, (len(sizes), -1))
 
 
@@ -63,18 +84,36 @@ def check_episodes(data_dir, split, images, ways, shots, query):
     path = Path(data_dir) / f"{split}.npy"
     classes, members = images.shape[:2]
     if classes < max(ways):
-        raise UserError(f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes")
-    if members < max(shots) + query:
         raise UserError(
-            f"{path}: {members} images a class, expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
+            f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes"
         )
+    if members < max(shots) + query:
+        expected = f"expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
+        raise UserError(f"{path}: {members} images a class, {expected}")
+
+
+def check_apart(data_dir, splits):
+    """Check that no class, and at most 1 % of the images, of a split are in another one. Raises UserError.
+
+    A few are in Mini-ImageNet (6 of 9,600 in val). Equal images of one split, as blank ones, count once.
+    """
+    sets = {}
+    for name, images in splits.items():
+        sets[name] = [{hash(image.tobytes()) for image in members} for members in images.numpy()]
+    for one, other in combinations(sets, 2):
+        every = [set().union(*sets[name]) for name in (one, other)]
+        alike = every[0] & every[1]
+        whole = any(1 < len(members) and members <= alike for name in (one, other) for members in sets[name])
+        if whole or len(alike) > max(1, min(map(len, every)) / 100):
+            found = f"{len(alike)} images of {one} found in {other} too"
+            raise UserError(f"{data_dir}: {found}, different ones in each split expected")
 
 
 def draw_episodes(features, way, shot, query, count, seed):
     """Indices of few-shot episodes into features.flatten(0, 1): (count, way, shot + query), support first.
 
-    features (classes, images of a class, width). Drawn on the CPU from `seed` alone, so that every validation, run
-    and machine sees the same episodes.
+    features (classes, images of a class, width). Drawn on the CPU from `seed` alone, so that every
+    validation, run and machine sees the same episodes.
     """
     classes, members = features.shape[:2]
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +123,10 @@ def draw_episodes(features, way, shot, query, count, seed):
 
 
 def epoch_order(images, seed, epoch):
-    """The order in which an epoch (from 0) sees the images: a function of its number, so that a resumed run needs no state."""
+    """Return the order in which an epoch (from 0) sees the images.
+
+    Of its number alone, so it needs no state.
+    """
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     return torch.randperm(len(images), generator=generator)
 
@@ -104,7 +146,9 @@ def draw_crops(count, generator, crop_scale=SCALE[0]):
     """
     area = SIZE**2 * uniform((count, 10), crop_scale, SCALE[1], generator)
     ratio = uniform((count, 10), math.log(RATIO[0]), math.log(RATIO[1]), generator).exp()
-    tries = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], -1).round()  # (count, 10, 2) width, height
+    tries = torch.stack(
+        [(area * ratio).sqrt(), (area / ratio).sqrt()], -1
+    ).round()  # (count, 10, 2) width, height
     fits = ((tries > 0) & (tries <= SIZE)).all(-1)
     first = fits.int().argmax(-1)
     size = torch.where(fits.any(-1, keepdim=True), tries[torch.arange(count), first], SIZE)
@@ -128,19 +172,23 @@ def draw_jitter(count, generator, strength=JITTER, hue=HUE):
 
 
 def crop(images, boxes, flip, size=SIZE):
-    """The boxes of uint8 images (N, 84, 84, 3), resized to size x size, mirrored where flip (N,): -> (N, 3, size, size) in [0, 1].
+    """Cut boxes of uint8 images (N, 84, 84, 3), mirrored where flip (N,): -> (N, 3, size, size) in [0, 1].
 
-    Bilinear inside the box, whose last pixels continue at its edge. At the published size no box is larger than the
-    result, so nothing is shrunk and an antialiasing filter would be the identity; a smaller result has none either.
-    grid_sample on channels-last images is the fastest of the forms tried on a CPU: twice as fast as two matrix products
-    with the separable weights.
+    Bilinear inside the box, whose last pixels continue at its edge. At the published size no box is larger
+    than the result, so nothing is shrunk and an antialiasing filter would be the identity; a smaller result
+    has none either. grid_sample on channels-last images is the fastest of the forms tried on a CPU: twice as
+    fast as two matrix products with the separable weights.
     """
     left, top, width, height = boxes.unsqueeze(-1).unbind(1)  # each (N, 1)
     centre = (torch.arange(size, device=images.device) + 0.5) / size
     column = torch.where(flip.unsqueeze(-1), 1 - centre, centre)
-    column = left + (column * width - 0.5).clamp_min(0).minimum(width - 1)  # (N, size), in pixels of the image
+    column = left + (column * width - 0.5).clamp_min(0).minimum(
+        width - 1
+    )  # (N, size), in pixels of the image
     row = top + (centre * height - 0.5).clamp_min(0).minimum(height - 1)
-    grid = torch.stack(torch.broadcast_tensors(column.unsqueeze(1), row.unsqueeze(2)), -1) * (2 / (SIZE - 1)) - 1
+    grid = (
+        torch.stack(torch.broadcast_tensors(column.unsqueeze(1), row.unsqueeze(2)), -1) * (2 / (SIZE - 1)) - 1
+    )
     x = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=True)
     return x.contiguous().div_(255)  # the colour operations below are several times faster on planes
 
@@ -197,10 +245,11 @@ def send(x, device):
 
 
 def jitter(x, factors, order):
-    """Colour jitter, which may overwrite x: image i gets OPERATIONS[order[i, 0]] first, then order[i, 1], ...; none where it is -1.
+    """Jitter colours, perhaps in place: image i gets OPERATIONS[order[i, 0]], order[i, 1], ...; none where
+    -1.
 
-    factors, order (N, 4) on the CPU. At each position the images due for the same operation go through it together,
-    so that every image pays for four operations, whatever its order.
+    factors, order (N, 4) on the CPU. At each position the images due for the same operation go through it
+    together, so that every image pays for four operations, whatever its order.
     """
     for position in order.unbind(1):
         for i, operation in enumerate(OPERATIONS):
@@ -223,7 +272,7 @@ def normalise(x):
 
 
 def draw_views(count, generator, strength=STRENGTH):
-    """All that is random in `count` views, each independent: boxes, flip, factors, order, grey, on the CPU."""
+    """Draw all that is random in `count` views: boxes, flip, factors, order, grey, on the CPU."""
     crop_scale, *colours = strength
     boxes, flip = draw_crops(count, generator, crop_scale), torch.rand(count, generator=generator) < P_FLIP
     factors, order = draw_jitter(count, generator, *colours)
@@ -244,7 +293,7 @@ def together(order, device):
 
 
 def make_views(images, boxes, flip, factors, order, grey, size=SIZE):
-    """One view of every image, drawn by `draw_views`: uint8 (N, 84, 84, 3) -> (N, 3, size, size) in [0, 1]."""
+    """Make a view of every image, drawn by `draw_views`: uint8 (N, 84, 84, 3) -> (N, 3, size, size)."""
     boxes, flip, rows = (send(part, images.device) for part in (boxes, flip, grey.nonzero().squeeze(1)))
     x = jitter(crop(images, boxes, flip, size), factors, order)
     return x.index_copy_(0, rows, greyscale(x.index_select(0, rows)).expand(-1, 3, -1, -1))
@@ -270,7 +319,7 @@ def plain_views(images):
 
 
 def contact_sheet(images, views, generator, size=SIZE, strength=STRENGTH):
-    """A picture of what the encoder learns from: each image beside `views` random views of it, a row an image.
+    """Make a picture of what the encoder learns from: a row an image, beside `views` random views of it.
 
     uint8 (N, 84, 84, 3) -> uint8 (N * 84, (1 + views) * 84, 3), views of another size scaled to this one.
     """

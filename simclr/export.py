@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataloader import check_episodes, load_split, plain_views
+from dataloader import check_apart, check_episodes, load_split, plain_views
 from fewshot import evaluate, logistic_regression, standardise
-from machine import HERE, UserError
+from machine import HERE, UserError, write
 from model import load_model
-from runtime import load_checkpoint, save_checkpoint, write, write_json
+from runtime import load_checkpoint, save_checkpoint, write_json
 
 SPLITS = ("train", "val", "test")
 SHOTS, BEST_SHOT = (1, 5), 5  # of validations; best.pt is the best at the latter: its accuracy varies less
@@ -54,17 +54,19 @@ def export(splits, device, args):
     features = {name: encode_all(encoder, images, f"{name} features") for name, images in splits.items()}
     if not all(h.isfinite().all() for h in features.values()):
         raise UserError(f"{path}: features that are NaN or infinite found, finite ones expected")
+    sums = {}
     for name, h in features.items():  # all are written before the first takes its name
-        buffer = io.BytesIO()
-        np.save(buffer, h.flatten(0, 1).cpu().numpy())
+        array, buffer = h.flatten(0, 1).cpu().numpy(), io.BytesIO()
+        np.save(buffer, array)
         write(folder / f".{name}_features.npy", buffer.getbuffer())
+        sums[name] = zlib.crc32(array)
     about = {"epoch": checkpoint.get("epoch"), "training": checkpoint.get("training", {})}
     counts = {name: images.shape[1] for name, images in splits.items()}
     (folder / "features.json").unlink(missing_ok=True)  # not beside features of another encoder for a moment
     for name, h in features.items():
         (folder / f".{name}_features.npy").replace(folder / f"{name}_features.npy")
         print(f"{folder / name}_features.npy  {h.shape[:2].numel()} images, {h.shape[-1]} features")
-    described = {"encoder_crc32": checksum(encoder), "images_per_class": counts}
+    described = {"encoder_crc32": checksum(encoder), "images_per_class": counts, "crc32": sums}
     write_json(folder / "features.json", {"train_epochs": about["epoch"], **about["training"], **described})
     if not args.checkpoint:
         weights = {"model": encoder.state_dict(), "sizes": encoder.sizes}
@@ -82,22 +84,23 @@ def probe(features, args):
 
 
 def prepared(args):
-    """Return the folder with the arrays: --data-dir, or <save-dir>/data, made of the images and CSVs in it.
+    """Find the arrays: --data-dir, or <save-dir>/data, made of the images and CSVs in --data-dir.
 
-    A run keeps the arrays it was started with. Raises UserError if they cannot be made here.
+    Made again if those there are of other images, unless a run has been trained on them. Raises UserError.
     """
     if (args.data_dir / "train.npy").exists() or not (args.data_dir / "train.csv").exists():
         return args.data_dir
-    out = args.save_dir / "data"
-    if (args.save_dir / "config.json").exists() and (out / "train.npy").exists():
-        return out
-    if (args.save_dir / "last.pt").exists():
+    out, trained = args.save_dir / "data", (args.save_dir / "last.pt").exists()
+    if trained and not out.exists():
         found = f"{args.save_dir} holds a run on other arrays than the images in {args.data_dir}"
         raise UserError(f"--save-dir: {found}, an empty folder expected")
     if not PREPARE.exists():
-        expected = f"what data/imgnet/prepare.py makes of them expected ({PREPARE} not found)"
-        raise UserError(f"--data-dir: {args.data_dir} holds unprepared images, {expected}")
-    made = subprocess.run([sys.executable, PREPARE, "--source", args.data_dir, "--out", out])
+        expected = "what data/imgnet/prepare.py makes of them expected"
+        raise UserError(
+            f"--data-dir: {args.data_dir} holds unprepared images ({PREPARE} not found), {expected}"
+        )
+    flags = ["--source", args.data_dir, "--out", out, "--if-changed", "fail" if trained else "again"]
+    made = subprocess.run([sys.executable, PREPARE, *flags])
     if made.returncode:
         sys.exit(made.returncode)  # it has said why
     return out
@@ -109,6 +112,7 @@ def load_splits(args):
     splits = {name: load_split(data_dir, name) for name in SPLITS}
     if args.contact_sheet:
         return splits
+    check_apart(data_dir, splits)
     if args.probe:
         check_episodes(data_dir, "test", splits["test"], [args.way], args.test_shot, args.query)
     if not args.export_only:

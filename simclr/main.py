@@ -29,9 +29,19 @@ from tqdm import tqdm
 from dataloader import HUE, JITTER, SCALE, contact_sheet, epoch_order, training_views
 from export import BEST_SHOT, SHOTS, check_feature_dir, check_probe, encode_all, export, load_splits, probe
 from fewshot import evaluate, nearest_mean, standardise
-from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16, user_path
+from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16
+from machine import user_path, write
 from model import Encoder, load_model, nt_xent, projection_head, prototypical
-from runtime import Log, describe_run, open_folder, restore, save_checkpoint, snapshot, write, write_json
+from runtime import (
+    Log,
+    describe_run,
+    open_folder,
+    restore,
+    save_checkpoint,
+    say_other_data,
+    snapshot,
+    write_json,
+)
 
 VALIDATION_SEED = 1  # of the episodes: the same for every run
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
@@ -260,6 +270,8 @@ def main():
             config = open_folder(args.save_dir, config, args.resume, names("run", "test") | longer)
             with catch_stop() as stop:
                 train(splits, device, bf16, config, stop, args)
+        else:
+            say_other_data(args.checkpoint or args.save_dir, config["data"])
         features = export(splits, device, args)
         if args.probe:
             probe(features, args)

@@ -1,6 +1,7 @@
 """data/folder/prepare.py: class folders of pictures become what omniglot/ and simclr/ read."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -100,3 +101,21 @@ def test_the_copies_of_plain_are_the_same_text():
         start = text.index("# EXIF's orientation")
         texts.append(text[start : text.index("image.transpose(turn)", start)])
     assert texts[0] == texts[1] == texts[2]
+    texts = []
+    for folder in ("folder", "glyphs", "imgnet", "omniglot"):
+        text = (ROOT / f"data/{folder}/prepare.py").read_text()
+        texts.append(text[text.index("def print_anywhere") : text.index("def main")])
+    assert len(set(texts)) == 1
+
+
+def test_the_same_pictures_in_two_class_folders(tmp_path):
+    source = make(tmp_path / "in")
+    for c in range(1, 20):
+        shutil.copytree(source / f"class{c:02d}", source / "class00", dirs_exist_ok=True)  # the last one's stay
+    shutil.rmtree(source / "class18")
+    result = {seed: prepare(source, tmp_path / f"out{seed}", "--seed", seed) for seed in range(4)}
+    refused = [seed for seed, of in result.items() if of.returncode]
+    assert refused
+    for seed in refused:
+        fails(result[seed], "4 pictures stand in several class folders (class", "class00", "class19")
+        assert not (tmp_path / f"out{seed}").exists()

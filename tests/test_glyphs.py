@@ -1,10 +1,12 @@
 """data/glyphs/prepare.py: the stand-in data set has Omniglot's form, is seeded, and can be told apart."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 
-from conftest import fails, run
+from conftest import ROOT, fails, run
 
 
 def written(folder):
@@ -63,3 +65,34 @@ def test_glyph_errors_are_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("in the way")
     fails(glyphs(tmp_path / "file", "--train", 1, "--val", 1, "--test", 1), tmp_path / "file")
+
+
+def shell(before, after, *args):
+    """The script within a shell: what stands before it in the line, and after."""
+    command = f"{before} {sys.executable} prepare.py {' '.join(map(str, args))} {after}"
+    return subprocess.run(["bash", "-c", command], cwd=ROOT / "data/glyphs", capture_output=True, text=True)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """Played by the largest size of a file."""
+    fails(shell("ulimit -f 100;", "", "--out", tmp_path / "out"), "prepare.py: error:", tmp_path / "out", "File too large")
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob(".prepare-*"))
+
+
+def test_closed_output_changes_nothing(glyphs_dir, tmp_path):
+    sizes = ["--train", 60, "--val", 25, "--test", 25]
+    for i, after in enumerate(("2>&-", ">&-", ">&- 2>&-")):
+        result = shell("", after, "--out", tmp_path / f"{i}", *sizes)
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        assert written(tmp_path / f"{i}") == written(glyphs_dir)
+    assert shell("", "2>&-", "--train", 0).returncode == 2
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """2,000 characters are 31 MB."""
+    most = []
+    for count in (1, 2000):
+        code = "import prepare, resource; prepare.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        result = run("data/glyphs", code, "--out", tmp_path, "--val", 1, "--test", 1, "--train", count, script="-c")
+        most.append(int(result.stdout.splitlines()[-1]) / 1024)  # MiB
+    assert most[1] < most[0] + 12

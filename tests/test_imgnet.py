@@ -262,6 +262,36 @@ def test_a_name_of_two_pictures_in_subfolders(source, tmp_path):
     fails(prepare(source, tmp_path / "out"), "1 of 24 names stand for different files", "images/a/train3_0.jpg and ", "images/b/train3_0.jpg")
 
 
+def test_the_same_picture_in_two_splits(source, tmp_path):
+    for member in range(6):
+        picture = (source / f"images/train2_{member}.jpg").read_bytes()
+        (source / f"images/test1_{member}.jpg").write_bytes(picture)
+    result = prepare(source, tmp_path / "out")
+    fails(result, "6 images of train.csv are in test.csv under another name", "train2_0.jpg and test1_0.jpg")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".prepare-*"))
+
+
+def test_arrays_stay_while_their_source_is_the_same(source, right, tmp_path):
+    """By content: the same images in a zip are no other source, one changed byte is."""
+
+    def again(how, out=tmp_path / "out"):
+        return run("data/imgnet", "--source", source, "--out", out, "--if-changed", how, script="prepare.py")
+
+    def when():
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+    assert again("fail").returncode == 0
+    before = when()
+    pack(source, "images.zip", lambda path: f"images/{path.name}", keep=True)
+    assert again("again").returncode == again("fail").returncode == 0 and when() == before
+    (source / "images/train0_3.jpg").write_bytes(jpeg(99))
+    (source / "images.zip").unlink()
+    fails(again("fail"), "--source: other images found than those that", tmp_path / "out")
+    assert when() == before
+    assert again("again").returncode == 0 and when() != before
+    assert prepare(source, tmp_path / "out").returncode == 0 and "source_crc32" not in (tmp_path / "out/classes.json").read_text()
+
+
 def test_a_file_of_two_names(source, tmp_path):
     rows = list(csv.reader((source / "train.csv").read_text().splitlines()))[1:]
     (source / "images" / rows[4][0]).unlink()

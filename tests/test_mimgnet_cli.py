@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,10 +163,37 @@ def test_what_simclr_says_of_the_features(data, tmp_path, refused):
     (folder / "features.json").write_text(json.dumps(description | {"encoder_crc32": 6}))
     refused(*start, "--eval-only", "--checkpoint", tmp_path / "run", words=["features.json", "6 as the encoder's checksum", "5 expected"])
     refused(*start, "--images-per-class", 20, words=["--images-per-class: 20 found, 40 expected"])
-    for text in ("{", "{}", '{"images_per_class": {"train": 0}}', '{"images_per_class": 600}'):
+    for text in ("{", "{}", '{"images_per_class": {"train": 0}}', '{"images_per_class": 600}', '{"images_per_class": {}, "crc32": 5}'):
         (folder / "features.json").write_text(text)
         refused(*start, words=["features.json: not readable"])
     assert not (tmp_path / "new").exists()
+
+
+def test_features_that_features_json_does_not_describe(data, tmp_path, refused):
+    folder = shutil.copytree(data, tmp_path / "features")
+    sums = {split: zlib.crc32(np.load(folder / f"{split}_features.npy")) for split in ("train", "val", "test")}
+    counts = {"train": 20, "val": 20, "test": 20}
+    (folder / "features.json").write_text(json.dumps({"train_epochs": 9, "images_per_class": counts, "crc32": sums}))
+    assert dataloader.load_split(folder, "val", 20, sums["val"]).shape == (6, 20, 32)
+    for split in sums:
+        kept = np.load(folder / f"{split}_features.npy")
+        np.save(folder / f"{split}_features.npy", kept * np.float32(0.5))
+        words = [f"{split}_features.npy", "checksum", f"{sums[split]} expected, as features.json beside it says"]
+        refused("--data-dir", folder, "--save-dir", tmp_path / "run", *TINY, words=words)
+        np.save(folder / f"{split}_features.npy", kept)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_features_need_no_classes(data, tmp_path):
+    """Training draws from all images: a number that no class divides will do."""
+    folder = shutil.copytree(data, tmp_path / "features")
+    np.save(folder / "train_features.npy", np.load(data / "train_features.npy")[:-1])
+    result = run("mimgnet", "--data-dir", folder, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 2)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run/config.json").read_text())["data"]["train"]["shape"] == [1, 239, 32]
+    with pytest.raises(dataloader.UserError, match="239 images, expected a multiple of --images-per-class 20"):
+        np.save(folder / "val_features.npy", np.load(folder / "train_features.npy"))
+        dataloader.load_split(folder, "val", 20)
 
 
 def test_any_width(tmp_path):
@@ -208,7 +236,6 @@ BAD_FILES = {
     "integers": (lambda a: a.astype(np.int64), "int64"),
     "complex": (lambda a: a.astype(np.complex64), "complex64"),
     "pickled objects": (lambda a: a.astype(object), "not a readable .npy array"),
-    "count": (lambda a: a[:-1], "239 images, expected a multiple of --images-per-class 20"),
     "width of the others": (lambda a: a[:, :28], "expected 28"),
     "NaN": (with_value(np.nan), "1 images with NaN"),
     "infinite": (with_value(-np.inf), "1 images with NaN"),
@@ -312,6 +339,6 @@ def test_the_program_itself_says_it_in_one_line(data, tmp_path):
     for split in ("train", "val", "test"):
         np.save(tmp_path / f"{split}_features.npy", np.load(data / f"{split}_features.npy") * np.float32(1e25))
     result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY)
-    fails(result, "main.py: error: step 1: the loss is not finite", "reconstruction", "kl")
+    fails(result, "main.py: error: step 1: the loss is not finite", "reconstruction", "kl", "features up to ", "e+25 found", "divide")
     result = run("mimgnet", "--data-dir", tmp_path / "nowhere", "--save-dir", tmp_path / "new", *TINY)
     fails(result, "main.py: error: ", "train_features.npy: not found")

@@ -123,10 +123,25 @@ def test_eval_only_repeats_the_test(whole_run, tmp_path):
         assert json.loads((out / "test.json").read_text())[name] == json.loads((folder / "test.json").read_text())[name]
     result = run("omniglot", *flags, "--eval-only", "--checkpoint", folder, "--save-dir", out)  # both at once; an earlier test is replaced
     assert result.returncode == 0, result.stderr
+    assert "other test data" not in result.stdout
     assert (out / "test.json").read_text() == (folder / "test.json").read_text()
     config = json.loads((out / "config.json").read_text())  # says what the numbers depend on, and no more
     assert config["precision"] == "fp32" and config["args"]["query"] == json.loads((folder / "config.json").read_text())["args"]["query"]
     assert not config["args"].keys() & {"hidden_size", "train_iters", "way", "seed", "precision", "compile"}
+
+
+def test_a_test_on_other_data_says_so(whole_run, glyphs_dir, tmp_path):
+    folder, flags, _ = whole_run
+    np.save(tmp_path / "test.npy", np.load(glyphs_dir / "test.npy")[:20])
+    flags = [*flags, "--data-dir", tmp_path, "--save-dir", tmp_path / "out", "--eval-only", "--test-shot", 1]
+    result = run("omniglot", *flags, "--checkpoint", folder)
+    assert result.returncode == 0 and f"other test data than those of the run in {folder}" in result.stdout
+    shutil.copy(folder / "1shot_best.pt", tmp_path)  # weights alone, or beside something else
+    for text in (None, "{}", '{"args": {}, "precision": "fp32", "data": []}'):
+        if text:
+            (tmp_path / "config.json").write_text(text)
+        result = run("omniglot", *flags, "--checkpoint", tmp_path / "1shot_best.pt")
+        assert result.returncode == 0 and "other" not in result.stdout
 
 
 def test_a_checkpoint_is_tested_at_its_own_way(glyphs_dir, tmp_path):

@@ -375,6 +375,21 @@ def test_an_output_folder_that_cannot_be_made(small, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.mark.parametrize("error, words", [
+    (OSError("1000 requested and 12 written"), "not written, room on the disk expected (1000 requested"),  # NumPy's
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (MemoryError("Unable to allocate 1 GiB"), "not enough memory (Unable to allocate 1 GiB)"),
+])  # fmt: skip
+def test_a_full_disk_and_too_little_memory_are_named(small, tmp_path, monkeypatch, error, words):
+    def save(*_):
+        raise error
+
+    as_zips(entries(SMALL), tmp_path)
+    monkeypatch.setattr(np, "save", save)
+    fails(small("--source", tmp_path, "--out", tmp_path / "out"), "prepare.py: error:", words)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_errors_as_a_user_sees_them(full, tmp_path):
     def script(*args):
         return run("data/omniglot", *args, "--out", tmp_path / "out", script="prepare.py")

@@ -61,10 +61,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def full(_):
         raise OSError(28, "No space left on device")
 
-    runtime.write(tmp_path / "file", "old")
+    machine.write(tmp_path / "file", "old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(machine.UserError, match="file: not written .No space left"):
-        runtime.write(tmp_path / "file", "new")
+        machine.write(tmp_path / "file", "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
@@ -103,6 +103,25 @@ def test_a_run_differs_in_one_line():
     assert runtime.differences(after, before, {"way"}) == said and not runtime.differences(after, after, ())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_are_read_without_what_a_wrapper_puts_before_their_names(tmp_path, prefix):
+    model, path = load("omniglot", "model"), tmp_path / "some.pt"
+    network = model.GMVAE(4, 4)
+    weights = network.state_dict()
+    torch.save({"sizes": network.sizes, "model": {prefix + name: of for name, of in weights.items()}}, path)
+    assert model.load_model(path).decoder[0].weight.equal(network.decoder[0].weight)
+    torch.save({"sizes": network.sizes, "model": {f"other.{name}": of for name, of in weights.items()}}, path)
+    with pytest.raises(machine.UserError, match="some.pt: not a checkpoint of this experiment"):
+        model.load_model(path)
+
+
+def test_a_folder_that_is_not_utf_8_is_refused(capsys):
+    """TensorBoard's writer encodes its path."""
+    with pytest.raises(SystemExit, match="2"):
+        load("omniglot", "main").parse_args(["--save-dir", os.fsdecode(b"r\xff")])
+    assert "--save-dir" in capsys.readouterr().err
+
+
 def test_signals_are_caught_in_training_only(capfd):
     before = signal.getsignal(signal.SIGTERM)
     with machine.catch_stop() as stop:
@@ -110,3 +129,23 @@ def test_signals_are_caught_in_training_only(capfd):
         assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
     assert signal.getsignal(signal.SIGTERM) == before
     assert "stopping" in capfd.readouterr().err
+
+
+HEARD = """
+import sys
+from machine import program
+from tqdm import tqdm
+with program():
+    for _ in tqdm(range(3), mininterval=0):
+        print("±" * 10000, flush=True)
+        print("±" * 10000, file=sys.stderr, flush=True)
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("how", ["2>&-", ">&-", "2>&- >&-", "2>/dev/full", ">/dev/full", "2> >(true)", "> >(true)"])
+def test_output_that_nobody_reads_ends_no_run(how):
+    """Closed, on a full disk, or a pipe whose reader has gone."""
+    command = ["bash", "-c", f'"$0" -c "$1" {how}', sys.executable, HEARD]
+    done = subprocess.run(command, cwd=ROOT / "omniglot", capture_output=True, text=True)
+    assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr

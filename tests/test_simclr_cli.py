@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ data, model = load("simclr", "dataloader"), load("simclr", "model")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads would only wait for each other over models this small
 TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --way 2 --query 1 --eval-episodes 6 --test-shot 1 2 --device cpu".split()
 
-# What features.json says of a run with these flags, beside the encoder's checksum.
+# What features.json says of a run with these flags, beside the checksums.
 TINY_FEATURES = {
     "train_epochs": 3, "batch_size": 8, "view_size": 84,
     "loss": "nt-xent", "views": 2, "crop_scale": 0.08, "jitter": 0.8, "hue": 0.2,
@@ -120,7 +121,8 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     assert (tmp_path / "s/test.json").read_text() == (folder / "test.json").read_text()
     said = json.loads((features / "features.json").read_text())
     assert said == json.loads((tmp_path / "f/features.json").read_text())
-    assert said.pop("encoder_crc32") > 0 and said == TINY_FEATURES
+    sums = {split: zlib.crc32(array) for split, array in read_features(features).items()}
+    assert said.pop("encoder_crc32") > 0 and said.pop("crc32") == sums and said == TINY_FEATURES
     copy = shutil.copytree(folder, tmp_path / "whole")  # whose encoder.pt becomes the best one
     result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", copy, "--feature-save-dir", tmp_path / "best")
     assert result.returncode == 0, result.stderr
@@ -188,7 +190,7 @@ def test_a_prototypical_run_resumes_as_if_never_interrupted(data_dir, tmp_path):
     assert metrics(whole)[0].keys() == {"epoch", "step", "prototypical", "2way1shot", "2way5shot"}
     said = json.loads((features / "features.json").read_text())
     views = {"views": 4, "view_size": 64, "crop_scale": 0.2, "jitter": 0.4, "hue": 0.1}
-    assert said.pop("encoder_crc32") > 0 and said == TINY_FEATURES | views | {"loss": "prototypical"}
+    assert said.pop("encoder_crc32") > 0 and said.pop("crc32") and said == TINY_FEATURES | views | {"loss": "prototypical"}
     assert said == said | torch.load(whole / "encoder.pt", weights_only=True)["training"]
     flags = [*flags, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
     assert run("simclr", STOPPED, *flags, script="-c").returncode == 128 + signal.SIGTERM
@@ -224,6 +226,45 @@ def test_the_original_layout_is_prepared_first(whole_run, source_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
     assert (tmp_path / "s/data/classes.json").exists()
+
+
+@pytest.fixture(scope="module")
+def other_dir(source_dir, tmp_path_factory):
+    """The data set of `source_dir` with two training images of one class changed for each other."""
+    folder = shutil.copytree(source_dir, tmp_path_factory.mktemp("other") / "source")
+    one, other = (folder / f"images/train0_{member}.jpg" for member in (0, 3))
+    a, b = one.read_bytes(), other.read_bytes()
+    one.write_bytes(b), other.write_bytes(a)
+    return folder
+
+
+def test_arrays_of_other_images_are_not_used(source_dir, other_dir, tmp_path):
+    folder, features = tmp_path / "s", tmp_path / "f"
+
+    def start(source, *flags, place=folder):
+        place = ["--save-dir", place, "--feature-save-dir", features]
+        return run("simclr", "--data-dir", source, *TINY, "--train-epochs", 1, *place, *flags)
+
+    def trained_on():
+        return json.loads((folder / "config.json").read_text())["data"]["train"]["crc32"]
+
+    # A start that ends before its first checkpoint leaves arrays that nothing depends on.
+    fails(start(source_dir, "--lr", 1e38), "not finite")
+    assert start(other_dir).returncode == 0
+    arrays = np.load(folder / "data/train.npy")
+    assert trained_on() == zlib.crc32(arrays)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for flags in (["--resume"], ["--export-only"], []):
+        fails(start(source_dir, *flags), f"--source: other images found than those that {folder / 'data'} was made from")
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert start(other_dir, "--resume").returncode == 0 and start(other_dir, "--export-only").returncode == 0
+    exported = []
+    for source in (other_dir, source_dir):
+        result = start(source, "--export-only", "--checkpoint", folder / "encoder.pt", place=tmp_path / "export")
+        assert result.returncode == 0, result.stderr
+        assert ("other train data than those of the run" in result.stdout) == (source == source_dir)
+        exported.append(np.load(features / "train_features.npy"))
+    assert (exported[0] != exported[1]).any()
 
 
 def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):

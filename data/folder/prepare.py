@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import tempfile
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,35 @@ def find_ground(borders):
     return "light" if 2 * light > len(borders) else "dark"
 
 
-def prepare(source, size, seed, ground):
-    """-> ({file name: array}, {split: class names}, lines that say what was decided)."""
+def write_array(path, shape, parts):
+    """Write an array of bytes as np.save would, part by part: all may not fit the memory."""
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(part.tobytes())
+
+
+def check_apart(sums):
+    """Raise SourceError for equal pictures in two splits: more than one in a hundred, or a whole class.
+
+    `sums` {split: {class: set of its pictures' hashes}}. Equal pictures of one split count once.
+    """
+    for pair in combinations(sums, 2):
+        every = [set().union(*sums[split].values()) for split in pair]
+        alike = every[0] & every[1]
+        touched = {name: of for split in pair for name, of in sums[split].items() if alike & of}
+        whole = any(1 < len(of) and of <= alike for of in touched.values())
+        if whole or len(alike) > max(1, min(map(len, every)) / 100):
+            found = f"{len(alike)} pictures stand in several class folders ({', '.join([*touched][:4])})"
+            raise SourceError(f"{found}, which {' and '.join(pair)} would share; one folder each expected")
+
+
+def prepare(source, size, seed, ground, folder):
+    """Write the large arrays into `folder`.
+
+    -> ({file name: array, or the path of a large one}, {split: class names}, lines that say what was decided)
+    """
     classes = find_classes(source)
     counts = {name: len(files) for name, files in classes.items()}
     smallest = min(counts, key=counts.get)
@@ -121,29 +149,37 @@ def prepare(source, size, seed, ground):
     random.Random(seed).shuffle(order)
     val, test = (max(WAY, round(share * len(order))) for share in SHARES.values())
     split = {"train": order[val + test :], "val": order[:val], "test": order[val : val + test]}
+    sums, borders = {name: {} for name in split}, []
     with tqdm(total=least * len(order), desc="pictures", unit="img") as bar:
-        arrays, borders = {}, []
-        for name, members in split.items():
-            images = np.empty((len(members), least, size, size, 3 if size == 84 else 1), np.uint8)
-            for i, member in enumerate(members):
-                for j, path in enumerate(classes[member][:least]):
-                    images[i, j], border = read(path, size)
+
+        def pictures(name):
+            for member in split[name]:
+                for path in classes[member][:least]:
+                    picture, border = read(path, size)
                     borders.append(border)
+                    sums[name].setdefault(member, set()).add(hash(picture.tobytes()))
                     bar.update()
-            arrays[name] = images
+                    yield picture
+
+        for name, members in split.items():
+            shape = (len(members), least, 28, 28, 1) if size == 28 else (len(members) * least, 84, 84, 3)
+            write_array(folder / f"{name}.npy", shape, pictures(name))
+    check_apart(sums)
+    files = {name: folder / f"{name}.npy" for name in split}
     if size == 84:
-        labels = {f"{name}_labels": np.repeat(np.arange(len(x)), least) for name, x in arrays.items()}
-        return {name: x.reshape(-1, 84, 84, 3) for name, x in arrays.items()} | labels, split, notes
+        labels = {f"{name}_labels": np.repeat(np.arange(len(of)), least) for name, of in split.items()}
+        return files | labels, split, notes
     how = "as --ground says" if ground else "as the borders of the pictures are"
     ground = ground or find_ground(borders)
     notes.append(f"{ground} ground, {how}: {'inverted, ' * (ground == 'light')}ink is high")
-    if ground == "light":
-        arrays = {name: 255 - x for name, x in arrays.items()}
-    for name, x in arrays.items():
+    for name, path in files.items():
+        x = np.load(path, mmap_mode="r+")
+        if ground == "light":
+            np.subtract(255, x, out=x)
         if x.max() < 128 or x.mean() > 0.55 * 255:
             found = f"ink up to {x.max()}, mean {x.mean():.0f}"
             raise SourceError(f"{source}: {name} has {found}, expected up to 255 on an empty ground")
-    return arrays, split, notes
+    return files, split, notes
 
 
 def write_all(out, files, description, facts):
@@ -151,7 +187,8 @@ def write_all(out, files, description, facts):
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
         for name, array in files.items():
-            np.save(f"{folder}/{name}.npy", array)
+            place = f"{folder}/{name}.npy"
+            os.replace(array, place) if isinstance(array, Path) else np.save(place, array)
         Path(folder, description).write_text(json.dumps(facts, indent=1) + "\n")
         Path(out, description).unlink(missing_ok=True)
         for name in [*(f"{name}.npy" for name in files), description]:
@@ -165,7 +202,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def print_anywhere():
+    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")
+
+
+def in_words(error, out):
+    """Say what ended the program: a full disk and a want of memory by their names."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error})"
+    if not isinstance(error, OSError):
+        return error
+    # NumPy's error of a full disk has no number.
+    said = error.strerror or f"not written, room on the disk expected ({error})"
+    return f"{error.filename or out}: {said}"
+
+
 def main():
+    print_anywhere()
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
@@ -182,21 +238,21 @@ def main():
         if not args.source.is_dir():
             raise SourceError(f"--source: {args.source} found, a folder of class folders expected")
         size, description = (28, "split.json") if args.experiment == "omniglot" else (84, "classes.json")
-        files, split, notes = prepare(args.source, size, args.seed, args.ground)
         facts = {"seed": args.seed, "rotations": [0], "rows": "class i is folder i"} if size == 28 else {}
-        write_all(args.out, files, description, facts | split)
-    except SourceError as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"prepare.py: error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
+        with tempfile.TemporaryDirectory(dir=there, prefix=".prepare-") as folder:
+            files, split, notes = prepare(args.source, size, args.seed, args.ground, Path(folder))
+            write_all(args.out, files, description, facts | split)
+    except (SourceError, OSError, MemoryError) as error:
+        print(f"prepare.py: error: {in_words(error, args.out)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     for line in notes:
         print(line)
     for name in split:
-        print(f"{args.out / name}.npy  {files[name].shape} {files[name].dtype}  {len(split[name])} classes")
+        array = np.load(args.out / f"{name}.npy", mmap_mode="r")
+        print(f"{args.out / name}.npy  {array.shape} {array.dtype}  {len(split[name])} classes")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Invented characters -> train.npy, val.npy, test.npy and split.json, in the format of Omniglot's; nothing to download.
+"""Invented characters -> train.npy, val.npy, test.npy and split.json, as of Omniglot; nothing to download.
 
     python data/glyphs/prepare.py                   # 300 / 60 / 100 characters, a few seconds
     python data/glyphs/prepare.py --out DIR --seed 1 --train 1000
 
 A character is two to four smooth strokes; each of its 20 drawings has its own hand: jitter of the pen, slant,
-scale, place and thickness. Arrays are (characters, 20, 28, 28, 1) uint8, ink high. Every class is a character of
-its own, without Omniglot's rotations: more classes are more characters. The same seed gives the same bytes.
+scale, place and thickness. Arrays are (characters, 20, 28, 28, 1) uint8, ink high. Every class is a character
+of its own, without Omniglot's rotations. The same seed gives the same bytes.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from tqdm import tqdm
 
 SPLITS = {"train": 300, "val": 60, "test": 100}  # characters
 DRAWINGS, SIZE = 20, 28
-KNOTS, POINTS = 6, 40  # of a stroke: where the hand may err, and where the pen is set down (less than a pixel apart)
+KNOTS, POINTS = 6, 40  # of a stroke: where the hand may err, and where the pen is set down
 
 
 def invent(rng):
     """A character: (strokes, KNOTS, 2) positions in the square [-1, 1], 2 to 4 strokes.
 
-    The pen sets out along an axis or a diagonal and turns at an almost constant rate, which gives lines, arcs, hooks
-    and loops; most strokes touch an earlier one, as in most scripts.
+    The pen sets out along an axis or a diagonal and turns at an almost constant rate, which gives lines,
+    arcs, hooks and loops; most strokes touch an earlier one, as in most scripts.
     """
     strokes = []
     for i in range(rng.choice([2, 3, 4], p=[0.4, 0.4, 0.2])):
         length, heading = rng.uniform(0.7, 2.0), rng.integers(8) * np.pi / 4 + rng.normal(0, 0.15)
-        turn = rng.choice([0, 1, 2], p=[0.3, 0.45, 0.25]) * rng.choice([-1, 1]) * rng.uniform(1.2, 2.6)  # radians over the stroke
+        turn = rng.choice([0, 1, 2], p=[0.3, 0.45, 0.25]) * rng.choice([-1, 1]) * rng.uniform(1.2, 2.6)
         t = np.linspace(0, 1, 10 * KNOTS)
         angle = heading + turn * t + rng.normal(0, 0.5) * t**2
         path = np.cumsum(np.stack([np.cos(angle), np.sin(angle)], -1), 0) * length / len(t)
@@ -60,7 +60,7 @@ def curve(knots):
 
 
 def draw(strokes, rng):
-    """Twenty drawings of a character by twenty hands: (strokes, KNOTS, 2) -> (DRAWINGS, strokes * POINTS, 2) in pixels."""
+    """Draw a character by twenty hands: (strokes, KNOTS, 2) -> (DRAWINGS, strokes * POINTS, 2) in pixels."""
     n = len(strokes)
     wobble = rng.normal(0, 0.03, (DRAWINGS, n, KNOTS, 2))
     misplaced = rng.normal(0, 0.07, (DRAWINGS, n, 1, 2))
@@ -71,12 +71,13 @@ def draw(strokes, rng):
     rotate = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1).reshape(-1, 2, 2)
     shear = np.eye(2) + slant[:, None, None] * np.array([[0, 1], [0, 0]])
     scale = np.exp(rng.normal(-0.1, 0.13, (DRAWINGS, 1, 2)))
-    points = curve(knots).reshape(DRAWINGS, -1, 2) @ (rotate @ shear).swapaxes(1, 2) * scale + rng.normal(0, 0.1, (DRAWINGS, 1, 2))
+    points = curve(knots).reshape(DRAWINGS, -1, 2) @ (rotate @ shear).swapaxes(1, 2) * scale
+    points += rng.normal(0, 0.1, (DRAWINGS, 1, 2))
     return (np.clip(points, -0.93, 0.93) + 1) * SIZE / 2
 
 
 def render(points, radius):
-    """Antialiased ink around the pen's points: (N, P, 2) in pixels, radius (N,) in pixels -> (N, SIZE, SIZE) uint8."""
+    """Ink the pen's points, antialiased: (N, P, 2) and radius (N,) in pixels -> (N, SIZE, SIZE) uint8."""
     centre = np.arange(SIZE, dtype=np.float32) + 0.5
     x, y = points.astype(np.float32)[..., None, :, 0], points.astype(np.float32)[..., None, :, 1]
     dx2, dy2 = (centre[:, None] - x) ** 2, (centre[:, None] - y) ** 2  # (N, SIZE, P)
@@ -84,33 +85,39 @@ def render(points, radius):
     return np.rint(255 * np.clip(radius[:, None, None] + 0.5 - distance, 0, 1)).astype(np.uint8)
 
 
-def prepare(counts, seed):
-    """{split: number of characters} -> ({split: uint8 array (characters, 20, 28, 28, 1)}, {split: names in order}).
+def write_array(path, shape, parts):
+    """Write an array of bytes as np.save would, part by part: all may not fit the memory."""
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(part.tobytes())
+
+
+def characters(split, count, seed, bar):
+    """Yield the drawings of each character of a split: uint8 (20, 28, 28, 1).
 
     Every character has a random stream of its own: more characters leave the others as they are.
     """
-    bar, arrays, split = tqdm(total=sum(counts.values()), desc="characters", unit="char"), {}, {}
-    for s, (name, count) in enumerate(counts.items()):
-        arrays[name] = np.empty((count, DRAWINGS, SIZE, SIZE, 1), np.uint8)
-        split[name] = [f"{name}{i:04d}" for i in range(count)]
-        for i in range(count):
-            rng = np.random.default_rng((seed, s, i))
-            points = draw(invent(rng), rng)
-            arrays[name][i, ..., 0] = render(points, rng.uniform(0.5, 0.9, DRAWINGS))
-            bar.update()
-    bar.close()
-    return arrays, split
+    for i in range(count):
+        rng = np.random.default_rng((seed, split, i))
+        points = draw(invent(rng), rng)
+        bar.update()
+        yield render(points, rng.uniform(0.5, 0.9, DRAWINGS))
 
 
-def write_all(out, arrays, split, seed):
-    """All files or none: everything is written beside its place first, then renamed."""
+def write_all(out, counts, seed):
+    """Write {split: number of characters}, all or none: beside their place first, then renamed."""
     out.mkdir(parents=True, exist_ok=True)
+    facts = {"seed": seed, "rotations": [0], "rows": "class i is character i"}
+    facts |= {name: [f"{name}{i:04d}" for i in range(count)] for name, count in counts.items()}
     with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
-        for name, array in arrays.items():
-            np.save(f"{folder}/{name}.npy", array)
-        facts = {"seed": seed, "rotations": [0], "rows": "class i is character i", **split}
+        with tqdm(total=sum(counts.values()), desc="characters", unit="char") as bar:
+            for s, (name, count) in enumerate(counts.items()):
+                shape = (count, DRAWINGS, SIZE, SIZE, 1)
+                write_array(f"{folder}/{name}.npy", shape, characters(s, count, seed, bar))
         Path(folder, "split.json").write_text(json.dumps(facts, indent=1) + "\n")
-        for name in [*(f"{name}.npy" for name in arrays), "split.json"]:
+        for name in [*(f"{name}.npy" for name in counts), "split.json"]:
             os.replace(f"{folder}/{name}", out / name)
 
 
@@ -132,24 +139,45 @@ def whole(low, high):
     return parse
 
 
+def print_anywhere():
+    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")
+
+
+def in_words(error, out):
+    """Say what ended the program: a full disk and a want of memory by their names."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error})"
+    if not isinstance(error, OSError):
+        return error
+    # NumPy's error of a full disk has no number.
+    said = error.strerror or f"not written, room on the disk expected ({error})"
+    return f"{error.filename or out}: {said}"
+
+
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    print_anywhere()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
-    parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of characters and drawings (default: 0)")
+    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of all that is drawn (default: 0)")
     for name, count in SPLITS.items():
-        parser.add_argument(f"--{name}", type=whole(1, 100000), default=count, help=f"characters in {name}.npy (default: {count})")
+        parser.add_argument(f"--{name}", type=whole(1, 100000), default=count,
+                            help=f"characters in {name}.npy (default: {count})")  # fmt: skip
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # takes the unfinished files with it
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:
-        arrays, split = prepare({name: getattr(args, name) for name in SPLITS}, args.seed)
-        write_all(args.out, arrays, split, args.seed)
-    except OSError as error:
-        print(f"prepare.py: error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        write_all(args.out, {name: getattr(args, name) for name in SPLITS}, args.seed)
+    except (OSError, MemoryError) as error:
+        print(f"prepare.py: error: {in_words(error, args.out)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    for name, array in arrays.items():
+    for name in SPLITS:
+        array = np.load(args.out / f"{name}.npy", mmap_mode="r")
         print(f"{args.out / name}.npy  {array.shape} {array.dtype}")
 
 

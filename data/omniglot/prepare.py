@@ -1,7 +1,7 @@
 """Official Omniglot archives -> train.npy, val.npy, test.npy and split.json, as the experiment reads them.
 
     python data/omniglot/prepare.py                 # downloads the two archives (14 MB)
-    python data/omniglot/prepare.py --source DIR    # DIR holds images_background.zip and images_evaluation.zip, or their folders
+    python data/omniglot/prepare.py --source DIR    # images_background.zip, images_evaluation.zip
 
 1,623 characters, shuffled by random.Random(47) and cut 1200/100/323; each character's four rotations are four
 classes of one split. Arrays are (4800|400|1292, 20, 28, 28, 1) uint8, ink high.
@@ -38,10 +38,12 @@ def download(folder):
     from torchvision.datasets.utils import download_url
 
     for name in ARCHIVES:
+        file = f"{name}.zip"
         try:
-            download_url(f"{Omniglot.download_url_prefix}/{name}.zip", folder, f"{name}.zip", Omniglot.zips_md5[name])
+            download_url(f"{Omniglot.download_url_prefix}/{file}", folder, file, Omniglot.zips_md5[name])
         except (OSError, RuntimeError, HTTPException) as error:
-            raise SourceError(f"{name}.zip: download failed ({error}); fetch it yourself and pass its folder as --source") from None
+            instead = "fetch it yourself and pass its folder as --source"
+            raise SourceError(f"{file}: download failed ({error}); {instead}") from None
 
 
 def is_drawing(path):
@@ -66,7 +68,8 @@ def open_archive(source, name):
                     if is_drawing(entry):
                         contents[entry] = file.read(entry)
         except Exception as error:  # zipfile raises many kinds for a damaged archive
-            raise SourceError(f"{archive}: damaged or truncated ({error}), expected the official zip archive") from None
+            expected = "expected the official zip archive"
+            raise SourceError(f"{archive}: damaged or truncated ({error}), {expected}") from None
         where = archive
     elif folder.is_dir():
         for root, _, files in os.walk(folder, followlinks=True):
@@ -131,7 +134,8 @@ def plain(image):
 def read_drawing(png, name):
     """One 1-bit PNG -> (28, 28) uint8, ink 255 on 0.
 
-    The PNG is made 8-bit grey *before* resizing: Pillow resizes 1-bit images by nearest neighbour, which breaks strokes.
+    The PNG is made 8-bit grey *before* resizing: Pillow resizes 1-bit images by nearest neighbour, which
+    breaks strokes.
     """
     try:
         image = Image.open(io.BytesIO(png), formats=["PNG"])
@@ -179,7 +183,8 @@ def write_all(out, arrays, split):
     with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
         for name, array in arrays.items():
             np.save(f"{folder}/{name}.npy", array)
-        facts = {"rotations": ROTATIONS, "rows": "class 4 i + r is character i rotated by rotations[r]", **split}
+        rows = "class 4 i + r is character i rotated by rotations[r]"
+        facts = {"rotations": ROTATIONS, "rows": rows, **split}
         Path(folder, "split.json").write_text(json.dumps(facts, indent=1) + "\n")
         for name in [*(f"{name}.npy" for name in arrays), "split.json"]:
             os.replace(f"{folder}/{name}", out / name)
@@ -192,24 +197,42 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def print_anywhere():
+    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")
+
+
+def in_words(error, out):
+    """Say what ended the program: a full disk and a want of memory by their names."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error})"
+    if not isinstance(error, OSError):
+        return error
+    # NumPy's error of a full disk has no number.
+    said = error.strerror or f"not written, room on the disk expected ({error})"
+    return f"{error.filename or out}: {said}"
+
+
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    print_anywhere()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    parser.add_argument("--source", type=Path, help="folder with the two archives or their extracted folders (default: download)")
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: this script's folder)")
+    parser.add_argument("--source", type=Path,
+                        help="folder with the two archives or their folders (default: download)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # takes the unfinished files with it
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:
         if args.source is None:
             args.source = here / "archives"
             download(args.source)
         arrays, split = prepare(args.source)
         write_all(args.out, arrays, split)
-    except SourceError as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"prepare.py: error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+    except (SourceError, OSError, MemoryError) as error:
+        print(f"prepare.py: error: {in_words(error, args.out)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,0 +1,116 @@
+"""Where the images that the CSVs name lie: loose or in zips, in the layouts that people pass on."""
+
+import filecmp
+import os
+import unicodedata
+import zipfile
+from pathlib import Path
+
+
+def keys(name):
+    """Give what a picture is found by: its name, that with any spelling of its suffix, its last part."""
+    name = unicodedata.normalize("NFC", name)  # macOS hands out NFD
+    stem, dot, suffix = name.rpartition(".")
+    suffix = suffix.lower().replace("jpeg", "jpg")
+    return name, ("path", f"{stem}{dot}{suffix}"), ("last", f"{stem.rpartition('/')[2]}{dot}{suffix}")
+
+
+def walk(folder):
+    """Yield the files below `folder`, in links to folders as well, but not a folder in itself."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(root) + os.sep
+        real = {name: os.path.realpath(f"{root}/{name}") + os.sep for name in sorted(folders)}
+        folders[:] = [name for name in real if not here.startswith(real[name])]
+        for name in sorted(names):
+            if os.path.isfile(f"{root}/{name}") and not name.startswith("._"):
+                yield Path(root, name)
+
+
+def find_images(source):
+    """Find the images, {key: (zip file or None, path)}, and the problems met: zips that cannot be opened.
+
+    Reads `source`/images/ and every zip in `source`; the part of a zip's paths up to a folder `images/` does
+    not count. A loose file comes before a zipped one. Keys are those of `keys`; where two different files of
+    a kind have one key, a string that names both stands there. A zip without `images/` is known by its whole
+    paths alone if there is an `images/` elsewhere: it may hold masks.
+    """
+    loose, zipped, entries, problems = {}, {}, {}, []
+    archives = sorted(path for path in source.iterdir() if path.suffix.lower() == ".zip")
+    for archive in (path for path in archives if not path.name.startswith("._")):
+        try:
+            with zipfile.ZipFile(archive) as file:
+                for entry in file.infolist():
+                    last = entry.filename.rpartition("/")[2]
+                    if last and not last.startswith("._") and "__MACOSX" not in entry.filename:
+                        entries[str(archive), entry.filename] = (entry.CRC, entry.file_size)
+        except (zipfile.BadZipFile, OSError) as error:
+            problems.append(f"{archive}: damaged or truncated zip archive ({error})")
+
+    def add(index, key, place, same):
+        other = index.setdefault(key, place)
+        if not isinstance(other, str) and other != place and not same(other, place):
+            index[key] = " and ".join(": ".join(filter(None, of)) for of in (other, place))
+
+    for path in walk(source / "images"):
+        for key in keys(path.relative_to(source / "images").as_posix()):
+            add(loose, key, (None, str(path)), lambda one, other: filecmp.cmp(one[1], other[1], False))
+    rooted = bool(loose) or any("/images/" in f"/{path}" for _, path in entries)
+    for archive, path in entries:
+        _, inside, name = f"/{path}".rpartition("/images/")
+        for key in keys(name if inside else path)[: 3 if inside or not rooted else 1]:
+            add(zipped, key, (archive, path), lambda one, other: entries[one] == entries[other])
+    return zipped | loose, problems
+
+
+def place_images(rows, found):
+    """Place {split: [(filename, label)]}: {split: [place, None if missing, or a string naming two files]}.
+
+    A name without folder may lie in a subfolder, but only if none lies directly in `images/`: what else lies
+    deeper could be masks.
+    """
+
+    def look(filename, count):
+        for name in (filename, filename.removeprefix("images/")):
+            for key in keys(name)[: count if "/" not in name else 2]:
+                if key in found:
+                    return found[key]
+        return None
+
+    for count in (2, 3):
+        places = {split: [look(filename, count) for filename, _ in rows[split]] for split in rows}
+        if any(any(jobs) for jobs in places.values()):
+            break
+    return places
+
+
+def check_places(source, rows, places, found):
+    """Problems of what `place_images` gives: missing images, names of two files, files of two names."""
+    problems, owner = [], {}
+    names = sorted(key for key in found if isinstance(key, str))
+    beside = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
+    beside = [name for name in beside if not name.lower().endswith((".csv", ".zip"))]
+    beside = [name for name in beside if name != "images/" and name[0] != "."]
+    there = f"{len(names)} files found, such as {names[0]}" if names else "no file found"
+    if beside:
+        listed = ", ".join(beside[:4]) + ", ..." * (len(beside) > 4)
+        there += f"; not read: {listed}, a folder images/ or a .zip expected"
+    for split, jobs in places.items():
+        filenames = [filename for filename, _ in rows[split]]
+        missing = [filename for filename, place in zip(filenames, jobs) if place is None]
+        if missing:
+            count = f"{len(missing)} of {len(jobs)} images missing"
+            where = f"in {source}/images and the zips beside it"
+            problems.append(f"{split}.csv: {count} {where} (the first: {missing[0]})")
+        rivals = [(filename, place) for filename, place in zip(filenames, jobs) if isinstance(place, str)]
+        if rivals:
+            count = f"{len(rivals)} of {len(jobs)} names stand for different files"
+            problems.append(f"{split}.csv: {count} (the first: {rivals[0][0]}, {rivals[0][1]}), one expected")
+        for filename, place in zip(filenames, jobs):
+            first = owner.setdefault(place, filename) if isinstance(place, tuple) else filename
+            if first != filename:
+                one = ": ".join(filter(None, place))
+                problems.append(f"{split}.csv: {filename} and {first} are one file, {one}")
+                break
+    if any(None in jobs for jobs in places.values()):
+        problems.append(f"{source}: {there}")
+    return problems
