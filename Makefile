@@ -28,7 +28,7 @@ demo: .venv/run
 	rm -rf $(DEMO)
 	cd omniglot && "$(BIN)/python" main.py --data-dir ../data/glyphs --save-dir ../$(DEMO) --device cpu --sample-size 100 \
 	    --train-mc-sample-size 1 --train-iters 400 --freq-iters 100 --kl-warmup-iters 200 --kl-weight 0.1 --lr-schedule cosine \
-	    --ema-decay 0.97 --eval-episodes 300 --target canonical --warp affine
+	    --ema-decay 0.97 --eval-episodes 300 --target canonical --warp affine --precision auto
 	cd omniglot && "$(BIN)/python" figures.py --checkpoint ../$(DEMO)/5shot_best.pt --data-dir ../data/glyphs
 
 # Omniglot, the whole chain: download (or `make omniglot SOURCE=folder` with the two official zips), train, test. Run again, it continues.

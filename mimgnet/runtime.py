@@ -118,8 +118,11 @@ def differences(config, before, free):
 def say_other_data(place, data):
     """Print a line if `data`, as `describe_run` has them, are not those of the run at a place."""
     folder = place if place.is_dir() else place.parent
-    trained_on = read_config(folder).get("data", {})
-    other = [split for split, of in data.items() if trained_on.get(split, of) != of]
+    try:
+        trained_on = read_config(folder).get("data", {})
+        other = [split for split, of in data.items() if trained_on.get(split, of) != of]
+    except (UserError, AttributeError):
+        return  # weights beside something else
     if other:
         print(f"other {', '.join(other)} data than those of the run in {folder}, as its config.json says")
 

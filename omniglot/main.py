@@ -207,7 +207,8 @@ def train(splits, device, bf16, config, stop, args):
             f"--train-iters: {args.train_iters} found, at least the {start} steps of {last} expected"
         )
     write_json(args.save_dir / "config.json", config)
-    write_metrics(args, history)  # a kill may have come between last.pt and it
+    if start:  # a kill may have come between last.pt and it
+        write_metrics(args, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
     log = Log(args.save_dir, ("reconstruction", "kl"), model.parameters(), start)

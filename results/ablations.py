@@ -1,14 +1,15 @@
-"""What each part of the method contributes: one thing changed at a time, by a flag of main.py, everything else equal.
+"""What each part of the method contributes: one thing changed at a time, by a flag of main.py, everything
+else equal.
 
-    python results/ablations.py ways omniglot-5way-fast     # a trained run of results/ at other numbers of ways: a minute
+    python results/ablations.py ways omniglot-5way-fast   # a trained run at other numbers of ways: a minute
     python results/ablations.py test omniglot-5way-fast     # and with one thing changed in the test: minutes
-    python results/ablations.py train                       # short trainings on Omniglot: minutes each on two CPU cores
-    python results/ablations.py active                      # counts the latent dimensions that those and the runs of results/ use
+    python results/ablations.py train                     # short trainings on Omniglot: minutes each
+    python results/ablations.py active                    # counts the latent dimensions that all these use
     python results/ablations.py plot                        # the figures from what the others have left
 
-`ways` and `test` add to results/ablations/<run>.json, {flags: test.json}; `train` makes a folder results/ablations/<name> for each
-training, as any run leaves it, and continues where it was killed; `active` writes results/ablations/active.json.
-`make table` puts all into results/ablations/README.md.
+`ways` and `test` add to results/ablations/<run>.json, {flags: test.json}; `train` makes a folder
+results/ablations/<name> for each training, as any run leaves it, and continues where it was killed; `active`
+writes results/ablations/active.json. `make table` puts all into results/ablations/README.md.
 """
 
 import argparse
@@ -36,7 +37,7 @@ TEST = [
 ]  # fmt: skip
 SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 600 --train-iters 600 --freq-iters 150 --ema-decay 0.98"
 MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet-5way-fast, with which to compare
-TRAIN = {  # name -> what differs from SHORT or, for Mini-ImageNet, from MINI; a later flag overrides an earlier one
+TRAIN = {  # name -> what differs from SHORT or, for Mini-ImageNet, from MINI; a later flag overrides
     "as-the-others": "",
     "seed-1": "--seed 1",
     "seed-2": "--seed 2",
@@ -55,7 +56,10 @@ def main_py(experiment, data_dir, *flags):
     """`python main.py <flags>` in an experiment's folder; leaves with its exit status if it fails."""
     folder = RESULTS.parent / experiment
     data_dir = data_dir or RESULTS.parent / DATA[experiment]
-    done = subprocess.run([sys.executable, "main.py", "--data-dir", os.path.relpath(data_dir, folder), *map(str, flags)], cwd=folder)
+    done = subprocess.run(
+        [sys.executable, "main.py", "--data-dir", os.path.relpath(data_dir, folder), *map(str, flags)],
+        cwd=folder,
+    )
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
 
@@ -79,17 +83,29 @@ def train(names, data_dir):
             print(f"{OUT / name}: finished, nothing done; remove it to train again")
         else:
             experiment, flags = ("mimgnet", MINI) if name.startswith("mimgnet-") else ("omniglot", SHORT)
-            main_py(experiment, data_dir, "--save-dir", f"../results/ablations/{name}", "--resume", *flags.split(), *TRAIN[name].split())
+            main_py(
+                experiment,
+                data_dir,
+                "--save-dir",
+                f"../results/ablations/{name}",
+                "--resume",
+                *flags.split(),
+                *TRAIN[name].split(),
+            )
 
 
 def active_dims(mean, log_var):
-    """How many latent dimensions carry a signal above their noise: Var_x E[z|x] > E_x Var[z|x] (the active units of Burda et al.
-    2016, with the noise as the threshold). mean, log_var (images, D) of q(z|x)."""
+    """How many latent dimensions carry a signal above their noise: Var_x E[z|x] > E_x Var[z|x] (the active
+    units of Burda et al. 2016, with the noise as the threshold). mean, log_var (images, D) of q(z|x)."""
     return int((mean.var(0, correction=0) > log_var.exp().mean(0)).sum())
 
 
 def active(data_dir):
-    """{training: [active dimensions, latent size]} of every Omniglot model in results/, on the validation images in sets of 200."""
+    """{training.
+
+    [active dimensions, latent size]} of every Omniglot model in results/, on the validation images in sets of
+    200.
+    """
     sys.path.insert(0, str(RESULTS.parent / "omniglot"))
     import torch
     from dataloader import draw_sets, load_split
@@ -97,15 +113,23 @@ def active(data_dir):
     from machine import program
 
     path = OUT / "active.json"
-    counts = json.loads(path.read_text()) if path.exists() else {}  # the trainings' weights are not in the repository
+    counts = (
+        json.loads(path.read_text()) if path.exists() else {}
+    )  # the trainings' weights are not in the repository
     with program(), torch.inference_mode():
         images = load_split(data_dir or RESULTS.parent / DATA["omniglot"], "val").flatten(0, 1)
         sets = draw_sets(images, len(images) // 200, 200, torch.Generator().manual_seed(0))
-        for weights in [*sorted(RESULTS.glob("omniglot-*/1shot_best.pt")), *sorted(OUT.glob("*/1shot_best.pt"))]:
+        for weights in [
+            *sorted(RESULTS.glob("omniglot-*/1shot_best.pt")),
+            *sorted(OUT.glob("*/1shot_best.pt")),
+        ]:
             model = load_model(weights)
             terms = [model.posterior(model.encode(x).unsqueeze(0)) for x in sets]
             name = weights.parent.name
-            counts[name] = [active_dims(*(torch.cat(parts, 1)[0] for parts in zip(*terms))), model.sizes["latent_size"]]
+            counts[name] = [
+                active_dims(*(torch.cat(parts, 1)[0] for parts in zip(*terms))),
+                model.sizes["latent_size"],
+            ]
             print(name, *counts[name])
     save(path, lambda temporary: temporary.write_text(json.dumps(counts, indent=1) + "\n"))
 
@@ -121,7 +145,10 @@ def tested():
 
 
 def other_ways():
-    """{Omniglot run without its seed: [test.json at every number of ways, of each seed]}, as far as `ways` was run."""
+    """{Omniglot run without its seed.
+
+    [test.json at every number of ways, of each seed]}, as far as `ways` was run.
+    """
     runs = {}
     for run, variants in tested().items():
         if run.startswith("omniglot-") and WAYS in variants:
@@ -130,7 +157,10 @@ def other_ways():
 
 
 def plot():
-    """ways.png: accuracy over the number of ways, shaded between the seeds of a run; kl.png: the KL term and the accuracy while the warm-ups differ."""
+    """ways.png: accuracy over the number of ways, shaded between the seeds of a run; kl.png.
+
+    The KL term and the accuracy while the warm-ups differ.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +173,13 @@ def plot():
             accuracies = [[test[f"{way}way{shot}shot"]["accuracy"] for test in seeds] for way in ways]
             (line,) = axis.plot(ways, list(map(statistics.fmean, accuracies)), marker="o", label=run)
             if len(seeds) > 1:
-                axis.fill_between(ways, list(map(min, accuracies)), list(map(max, accuracies)), color=line.get_color(), alpha=0.2)
+                axis.fill_between(
+                    ways,
+                    list(map(min, accuracies)),
+                    list(map(max, accuracies)),
+                    color=line.get_color(),
+                    alpha=0.2,
+                )
             axis.set(title=f"Omniglot, {shot}-shot test", xlabel="ways at test", xticks=ways)
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(title="trained model")
@@ -156,7 +192,9 @@ def plot():
         lines = [json.loads(line) for line in (OUT / name / "metrics.jsonl").read_text().splitlines()]
         iters = json.loads((OUT / name / "config.json").read_text())["args"]["kl_warmup_iters"]
         steps = [line["step"] for line in lines]
-        axes[0].plot(steps, [line["kl"] for line in lines], marker=".", label=f"{iters} steps" if iters else "none")
+        axes[0].plot(
+            steps, [line["kl"] for line in lines], marker=".", label=f"{iters} steps" if iters else "none"
+        )
         axes[1].plot(steps, [line["5way1shot"]["accuracy"] for line in lines], marker=".")
     axes[0].set(title="KL term", xlabel="step", ylabel="nats an image", ylim=(0, None))
     axes[0].legend(title="KL warm-up")
@@ -186,10 +224,18 @@ class Parser(argparse.ArgumentParser):
 def main():
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=["ways", "test", "train", "active", "plot"], help="see above")
-    p.add_argument("names", nargs="*", help="ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)")
+    p.add_argument(
+        "names",
+        nargs="*",
+        help="ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)",
+    )
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()
-    known = sorted(TRAIN) if args.what == "train" else sorted(path.parent.name for name in DATA for path in RESULTS.glob(f"{name}-*/config.json"))
+    known = (
+        sorted(TRAIN)
+        if args.what == "train"
+        else sorted(path.parent.name for name in DATA for path in RESULTS.glob(f"{name}-*/config.json"))
+    )
     if args.what in ("ways", "test") and not args.names:
         p.error(f"no run found, at least one of {', '.join(known)} expected")
     for name in args.names:

@@ -20,7 +20,9 @@ def halve(path):
     """Rewrites a checkpoint with float16 weights. Raises UserError if one is too large for that."""
     checkpoint = load_checkpoint(path)
     before = checkpoint["model"]  # batch norm's statistics are few and stay as they are
-    halved = {name for name, value in before.items() if value.dtype == torch.float32 and ".running_" not in name}
+    halved = {
+        name for name, value in before.items() if value.dtype == torch.float32 and ".running_" not in name
+    }
     weights = {name: value.half() if name in halved else value for name, value in before.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"{path}: weights beyond float16 found, at most 65504 expected")

@@ -1,10 +1,11 @@
 """The tables of results in Markdown, from the files in results/; no number in them is typed by hand.
 
-    python results/table.py            # rewrites the tables in README.md and in the README.md of results/ and its folders
+    python results/table.py            # rewrites the tables of every README.md
     python results/table.py --check    # exit status 1 if they disagree with results/
 
-A run is a folder <experiment>-<name> or, for several seeds of one run, <experiment>-<name>-seed<N>; simclr and simclr-<name>
-are runs that learned the features of mimgnet runs, whose config.json says after how many epochs.
+A run is a folder <experiment>-<name> or, for several seeds of one run, <experiment>-<name>-seed<N>; simclr
+and simclr-<name> are runs that learned the features of mimgnet runs, whose config.json says after how many
+epochs.
 """
 
 import json
@@ -25,19 +26,51 @@ PUBLISHED = {
 }  # fmt: skip
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
 RECIPE = {  # the published one, but for its length: the defaults of main.py
-    "unsupervised_em_iters": 10, "em_start": "samples", "fix_pi": False, "no_set_attention": False, "kl_warmup_iters": 0, "kl_weight": 1.0,
-    "ema_decay": 0.0, "lr_schedule": "constant", "e_step": "unit", "semisupervised_em_iters": 10, "eval_episodes": 1000, "query": 15,
+    "unsupervised_em_iters": 10, "em_start": "samples", "fix_pi": False, "no_set_attention": False,
+    "kl_warmup_iters": 0, "kl_weight": 1.0,
+    "ema_decay": 0.0, "lr_schedule": "constant", "e_step": "unit", "semisupervised_em_iters": 10,
+    "eval_episodes": 1000, "query": 15,
     "decode_samples": None,
 }  # fmt: skip
 RECIPES = {
-    "omniglot": RECIPE | {"batch_size": 4, "lr": 1e-3, "weight_decay": 1e-6, "hidden_size": 64, "latent_size": 64, "train_mc_sample_size": 32, "test_mc_sample_size": 32,
-                          "target": "drawing", "warp": "none"},
-    "mimgnet": RECIPE | {"batch_size": 16, "lr": 1e-4, "weight_decay": 5e-2, "hidden_size": 512, "latent_size": 32, "train_mc_sample_size": 256, "test_mc_sample_size": 256},
+    "omniglot": RECIPE
+    | {
+        "batch_size": 4,
+        "lr": 1e-3,
+        "weight_decay": 1e-6,
+        "hidden_size": 64,
+        "latent_size": 64,
+        "train_mc_sample_size": 32,
+        "test_mc_sample_size": 32,
+        "target": "drawing",
+        "warp": "none",
+    },
+    "mimgnet": RECIPE
+    | {
+        "batch_size": 16,
+        "lr": 1e-4,
+        "weight_decay": 5e-2,
+        "hidden_size": 512,
+        "latent_size": 32,
+        "train_mc_sample_size": 256,
+        "test_mc_sample_size": 256,
+    },
 }
-FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}  # what the fast recipe changes
+FAST = {
+    "train_mc_sample_size",
+    "sample_size",
+    "kl_warmup_iters",
+    "lr_schedule",
+    "ema_decay",
+}  # what the fast recipe changes
 # Ours: the decoder draws the character without its pose.
 CANONICAL = FAST | {"target", "warp", "kl_weight"}
-HEADLINES = {"omniglot-canonical", "omniglot-5way-long", "mimgnet-5way-simclr-fast", "simclr-fast"}  # in README.md
+HEADLINES = {
+    "omniglot-canonical",
+    "omniglot-5way-long",
+    "mimgnet-5way-simclr-fast",
+    "simclr-fast",
+}  # in README.md
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 SIMCLR = {"batch_size": 512, "view_size": 84}
@@ -56,35 +89,58 @@ def read_runs():
 
 
 def recipe(experiment, run):
-    """The published recipe, with what was run shorter, or the fast one, which has a length of its own, or neither: what differs."""
+    """Name the recipe: the published one, with what was run shorter, or another and what differs."""
     args = run["args"]
     expected = RECIPES[experiment] | {"sample_size": SET_SIZES[experiment, args["way"]]}
-    changed = [name for name, value in expected.items() if args.get(name, value) != value]  # a flag newer than the run had its default
+    changed = [
+        name for name, value in expected.items() if args.get(name, value) != value
+    ]  # a flag newer than the run had its default
     parts = [(args["train_iters"], STEPS[experiment], "steps")]
     if changed == ["train_mc_sample_size"]:
         name = f"published, trained with {args[changed[0]]} Monte-Carlo samples"
     elif args.get("target") == "canonical" and set(changed) <= CANONICAL:
         name, parts = "ours: drawings without their pose", []
     elif changed:
-        name, parts = "fast" if set(changed) <= FAST else f"another: {', '.join(f'{key} {args[key]}' for key in changed)}", []
+        name, parts = (
+            "fast"
+            if set(changed) <= FAST
+            else f"another: {', '.join(f'{key} {args[key]}' for key in changed)}",
+            [],
+        )
     else:
         name = "published"
     if experiment == "mimgnet":
         other = simclr(run.get("features", {}))
         name = f"{other}, else {name}" if other else name
         parts.append((run.get("features", {}).get("train_epochs"), EPOCHS, "SimCLR epochs"))
-    short = [f"{f'{found:,}' if found else '?'} of {whole:,} {unit}" for found, whole, unit in parts if found != whole]
+    short = [
+        f"{f'{found:,}' if found else '?'} of {whole:,} {unit}"
+        for found, whole, unit in parts
+        if found != whole
+    ]
     return ", ".join([name, *short])
 
 
 def simclr(features):
-    """What features.json says of another SimCLR than the published one, but for its length; nothing if it is that."""
-    found = SIMCLR | {name: features[name] for name in SIMCLR if name in features}  # older than the two flags: the published ones
-    return "" if found == SIMCLR else f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
+    """What features.json says of another SimCLR than the published one, but for its length.
+
+    Nothing if it is that.
+    """
+    found = SIMCLR | {
+        name: features[name] for name in SIMCLR if name in features
+    }  # older than the two flags: the published ones
+    return (
+        ""
+        if found == SIMCLR
+        else f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
+    )
 
 
 def score(seeds, cell):
-    """(mean, spread) of a cell over the tests of a run's seeds: of one its 95 % interval, of several the values themselves."""
+    """(mean, spread) of a cell over the tests of a run's seeds.
+
+    Of one its 95 % interval, of several the values themselves.
+    """
     cells = [test[cell] for test in seeds]
     accuracies = [c["accuracy"] for c in cells]
     return statistics.fmean(accuracies), ", ".join(f"{c['accuracy']:.2f} ± {c['ci95']:.2f}" for c in cells)
@@ -92,8 +148,14 @@ def score(seeds, cell):
 
 def describe(name, seeds):
     run = seeds[0]
-    length = f"{run['args']['train_epochs']} epochs" if name.startswith("simclr") else f"{run['args']['train_iters']:,} steps"
-    took = sorted({round(run["seconds"] / 60) for run in seeds if run["seconds"]})  # seeds beside other work took longer
+    length = (
+        f"{run['args']['train_epochs']} epochs"
+        if name.startswith("simclr")
+        else f"{run['args']['train_iters']:,} steps"
+    )
+    took = sorted(
+        {round(run["seconds"] / 60) for run in seeds if run["seconds"]}
+    )  # seeds beside other work took longer
     minutes = f" in {' to '.join(map(str, dict.fromkeys((took[0], took[-1]))))} min" if took else ""
     return f"[`{name}`](results/{name}): {length}{minutes}, {device(run)}"
 
@@ -103,12 +165,27 @@ def device(run):
 
 
 def rows(experiment, runs):
-    """(recipe, {cell: accuracy and difference to the paper's}, run) of each of our runs, after what of the published recipe nobody ran at full length."""
+    """(recipe, {cell.
+
+    Accuracy and difference to the paper's}, run) of each of our runs, after what of the published recipe
+    nobody ran at full length.
+    """
     cells = {cell: published for (of, _, cell), published in PUBLISHED.items() if of == experiment}
-    made_by = {name: recipe(experiment, seeds[0]) for name, seeds in runs.items() if name.startswith(f"{experiment}-")}
+    made_by = {
+        name: recipe(experiment, seeds[0])
+        for name, seeds in runs.items()
+        if name.startswith(f"{experiment}-")
+    }
     if experiment == "mimgnet":
-        encoders = {name: simclr(seeds[0]["args"]) or "SimCLR" for name, seeds in runs.items() if name.startswith("simclr")}
-        made_by |= {name: f"baseline: logistic regression on the features of {encoder}" for name, encoder in encoders.items()}
+        encoders = {
+            name: simclr(seeds[0]["args"]) or "SimCLR"
+            for name, seeds in runs.items()
+            if name.startswith("simclr")
+        }
+        made_by |= {
+            name: f"baseline: logistic regression on the features of {encoder}"
+            for name, encoder in encoders.items()
+        }
     found = []
     for name, how in made_by.items():
         seeds, scores = runs[name], {}
@@ -123,15 +200,25 @@ def rows(experiment, runs):
 
 
 def table(names=None):
-    """The result tables in Markdown: for each data set the published cells, and each of our runs of them, or those of `names`."""
+    """The result tables in Markdown.
+
+    For each data set the published cells, and each of our runs of them, or those of `names`.
+    """
     runs, parts = {name: seeds for name, seeds in read_runs().items() if names is None or name in names}, []
     for experiment, title in NAMES.items():
         cells = {cell: published for (of, _, cell), published in PUBLISHED.items() if of == experiment}
-        lines = [f"| {title}, accuracy in % | queries | {' | '.join(map(readable, cells))} | run |", "|---" * (len(cells) + 3) + "|"]
-        lines.append(f"| the paper | together | {' | '.join(f'{published:.2f}' for published in cells.values())} | |")
+        lines = [
+            f"| {title}, accuracy in % | queries | {' | '.join(map(readable, cells))} | run |",
+            "|---" * (len(cells) + 3) + "|",
+        ]
+        lines.append(
+            f"| the paper | together | {' | '.join(f'{published:.2f}' for published in cells.values())} | |"
+        )
         for how, scores, run in rows(experiment, runs):
             queries = "alone" if how.startswith("baseline") else "together"
-            lines.append(f"| {how} | {queries} | {' | '.join(scores.get(cell, '') for cell in cells)} | {run} |")
+            lines.append(
+                f"| {how} | {queries} | {' | '.join(scores.get(cell, '') for cell in cells)} | {run} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -147,7 +234,10 @@ def interval(cell):
 
 def ways_table():
     """Every trained Omniglot model at every number of ways."""
-    lines = ["| trained model | shots at test | 5 ways | 10 ways | 15 ways | 20 ways |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| trained model | shots at test | 5 ways | 10 ways | 15 ways | 20 ways |",
+        "|---|---|---|---|---|---|",
+    ]
     for run, seeds in other_ways().items():
         for shot in (1, 5):
             scores = ["{:.2f} ({})".format(*score(seeds, f"{way}way{shot}shot")) for way in (5, 10, 15, 20)]
@@ -162,7 +252,11 @@ def test_ablations():
         if TEST[0] not in variants:
             continue
         names = list(variants[TEST[0]])
-        lines = [f"`{run}`, test accuracy in %:\n", f"| flags | {' | '.join(map(readable, names))} |", "|---" * (len(names) + 1) + "|"]
+        lines = [
+            f"`{run}`, test accuracy in %:\n",
+            f"| flags | {' | '.join(map(readable, names))} |",
+            "|---" * (len(names) + 1) + "|",
+        ]
         for flags in TEST:
             scores = [interval(variants[flags][name]) if flags in variants else "not run" for name in names]
             lines.append(f"| {f'`{flags}`' if flags else 'none'} | {' | '.join(scores)} |")
@@ -174,11 +268,20 @@ def train_ablations():
     """Trainings with one thing changed: what `results/ablations.py train` has left, for each experiment."""
     rows = {"omniglot": [], "mimgnet": [(RESULTS / "mimgnet-5way-fast", "")]}  # (folder, changed flags)
     for name, flags in TRAIN.items():
-        rows["mimgnet" if name.startswith("mimgnet-") else "omniglot"].append((RESULTS / "ablations" / name, flags))
+        rows["mimgnet" if name.startswith("mimgnet-") else "omniglot"].append(
+            (RESULTS / "ablations" / name, flags)
+        )
     parts, active = [], json.loads((RESULTS / "ablations/active.json").read_text())
     for (experiment, folders), base, shots in zip(rows.items(), (SHORT, MINI), ((1, 5), (1, 5, 20, 50))):
         names = [f"5way{shot}shot" for shot in shots]
-        header = ["changed", *map(readable, names), "reconstruction", "KL", *(["dimensions used"] if experiment == "omniglot" else []), "minutes"]
+        header = [
+            "changed",
+            *map(readable, names),
+            "reconstruction",
+            "KL",
+            *(["dimensions used"] if experiment == "omniglot" else []),
+            "minutes",
+        ]
         lines = [f"Every training on {NAMES[experiment]}: `{base}`, test accuracy in %, and\n"]
         lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for folder, flags in folders:
@@ -194,40 +297,76 @@ def train_ablations():
                 cells.append(f"{last['seconds'] / 60:.0f}, {threads.replace('1 threads', '1 thread')}")
             lines.append(f"| {f'`{flags}`' if flags else 'nothing'} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
-    trained = ", ".join(f"`{name}` {used}" for name, (used, _) in active.items() if name.startswith("omniglot-"))
+    trained = ", ".join(
+        f"`{name}` {used}" for name, (used, _) in active.items() if name.startswith("omniglot-")
+    )
     return "\n\n".join([*parts, f"Dimensions used by the runs of `../README.md`: {trained}"])
 
 
 def recipe_table():
     """What was tried for the fast recipe: the validations in results/recipe/*.jsonl, and of the runs kept."""
     lines = ["| run | steps | 1-shot | 5-shot | reconstruction | KL |", "|---|---|---|---|---|---|"]
-    kept = {path.parent.name: path for path in RESULTS.glob("omniglot-*/metrics.jsonl") if "-seed" not in path.parent.name}
-    for name, path in sorted(({path.stem: path for path in (RESULTS / "recipe").glob("*.jsonl")} | kept).items()):
+    kept = {
+        path.parent.name: path
+        for path in RESULTS.glob("omniglot-*/metrics.jsonl")
+        if "-seed" not in path.parent.name
+    }
+    for name, path in sorted(
+        ({path.stem: path for path in (RESULTS / "recipe").glob("*.jsonl")} | kept).items()
+    ):
         for line in map(json.loads, path.read_text().splitlines()):
-            cells = [f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}" for key, cell in line.items() if key.endswith("shot")]
-            lines.append(f"| {name} | {line['step']} | {' | '.join(cells)} | {line['reconstruction']:.0f} | {line['kl']:.1f} |")
+            cells = [
+                f"{cell['accuracy']:.1f} ± {cell['ci95']:.1f}"
+                for key, cell in line.items()
+                if key.endswith("shot")
+            ]
+            lines.append(
+                f"| {name} | {line['step']} | {' | '.join(cells)} | "
+                f"{line['reconstruction']:.0f} | {line['kl']:.1f} |"
+            )
     seen = json.loads((RESULTS / "recipe/training-classes.json").read_text())
     lines += ["", "`5shot_best.pt`, tested on 1,292 of its own training classes:\n"]
     for run, cells in seen.items():
-        lines.append(f"* `{run}`: {', '.join(f'{readable(cell)} {interval(found)} %' for cell, found in cells.items())}")
+        lines.append(
+            f"* `{run}`: "
+            + ", ".join(f"{readable(cell)} {interval(found)} %" for cell, found in cells.items())
+        )
     return "\n".join(lines)
 
 
 def demo():
     """What `make demo` printed, and how long it trained."""
     run = read_runs()["demo"][0]
-    lines = [f"test  {name:>12}  {interval(cell):>14} %  ({cell['episodes']} episodes)" for name, cell in run["test"].items()]
+    lines = [
+        f"test  {name:>12}  {interval(cell):>14} %  ({cell['episodes']} episodes)"
+        for name, cell in run["test"].items()
+    ]
     return "\n".join([f"{run['seconds']:.0f} seconds of training, {device(run)}:\n", "```", *lines, "```"])
 
 
 def speed_table(path, detail=False):
-    """A file of bench.py as a table; in detail, also the speed-up there would be if our products alone took time, and what an older file has."""
+    """A file of bench.py as a table.
+
+    In detail, also the speed-up there would be if our products alone took time, and what an older file has.
+    """
     bench, before = json.loads(path.read_text()), path.with_name(f"{path.stem}-before.json")
     old = json.loads(before.read_text())["measurements"] if detail and before.exists() else None
     versions = bench["versions"]
     threads = f", {bench['threads']} threads" if bench["device"].endswith("CPU") else ""
-    lines = [f"{bench['device']}{threads}, torch {versions['torch']}, networks in {bench['precision']}: `{bench['command']}`\n"]
-    header = ["", "here", "plain float32", "speed-up", *(["products alone"] if detail else []), "peak memory", "plain's", *(["here, before"] if old else [])]
+    lines = [
+        f"{bench['device']}{threads}, torch {versions['torch']}, networks in {bench['precision']}: "
+        f"`{bench['command']}`\n"
+    ]
+    header = [
+        "",
+        "here",
+        "plain float32",
+        "speed-up",
+        *(["products alone"] if detail else []),
+        "peak memory",
+        "plain's",
+        *(["here, before"] if old else []),
+    ]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, row in bench["measurements"].items():
         cells = [row["title"], pace(row, "ours"), pace(row, "plain"), ratio(row)]
@@ -264,18 +403,28 @@ def precision_table(path):
     """A file of bench.py --compare-precision: the same seeds in float32 and in bfloat16."""
     bench = json.loads(path.read_text())
     lines = [f"{bench['device']}, torch {bench['versions']['torch']}: `{bench['command']}`\n"]
-    lines += ["| seed | step | reconstruction, fp32 / bf16 | KL | 5-way 1-shot | 5-way 5-shot |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| seed | step | reconstruction, fp32 / bf16 | KL | 5-way 1-shot | 5-way 5-shot |",
+        "|---|---|---|---|---|---|",
+    ]
     for seed, both in bench["runs"].items():
         for line, other in zip(both["fp32"], both["bf16"], strict=True):
             cells = [f"{line[term]:.1f} / {other[term]:.1f}" for term in ("reconstruction", "kl")]
-            cells += [f"{line[cell]['accuracy']:.1f} / {other[cell]['accuracy']:.1f}" for cell in ("5way1shot", "5way5shot")]
+            cells += [
+                f"{line[cell]['accuracy']:.1f} / {other[cell]['accuracy']:.1f}"
+                for cell in ("5way1shot", "5way5shot")
+            ]
             lines.append(f"| {seed.removeprefix('seed ')} | {line['step']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def bench_files():
     """What bench.py measured: a file for each machine and precision."""
-    return [path for path in sorted((RESULTS / "bench").glob("*.json")) if not path.stem.endswith(("-precisions", "-before"))]
+    return [
+        path
+        for path in sorted((RESULTS / "bench").glob("*.json"))
+        if not path.stem.endswith(("-precisions", "-before"))
+    ]
 
 
 def speed_tables():

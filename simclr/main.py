@@ -189,7 +189,8 @@ def train(splits, device, bf16, config, stop, args):
         found = f"{args.train_epochs} found, at least the {start // steps} epochs of {last} expected"
         raise UserError(f"--train-epochs: {found}")
     write_json(args.save_dir / "config.json", config)
-    write_metrics(args, history)  # a kill may have come between last.pt and it
+    if start:  # a kill may have come between last.pt and it
+        write_metrics(args, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
     term = args.loss.replace("-", "_")
@@ -261,8 +262,9 @@ def main():
         config = describe_run(of_args, device, precision, splits)
         splits = {name: images.to(device) for name, images in splits.items()}
         print(f"{config['device']}, {'exporting' if args.export_only else 'training'} in {precision}")
+        if args.export_only:  # refused before anything is written
+            load_model(args.checkpoint or args.save_dir / f"{args.export}.pt")
         if args.checkpoint:
-            load_model(args.checkpoint)  # refused before anything is written
             write_json(args.save_dir / "config.json", open_folder(args.save_dir, config, testing=True))
         check_feature_dir(args.feature_save_dir)
         if not args.export_only:

@@ -11,8 +11,8 @@ _loaded = {}  # folder -> its modules, by name
 def load(folder, name):
     """Module `name` of a folder, e.g. load("omniglot", "model"); the same object every time.
 
-    Every folder has its own main, model, dataloader and runtime, so `import model` has to mean another file in
-    each: while one folder is loading only its modules are visible, and afterwards none is.
+    Every folder has its own main, model, dataloader and runtime, so `import model` has to mean another file
+    in each: while one folder is loading only its modules are visible, and afterwards none is.
     """
     place, mine = str(ROOT / folder), _loaded.setdefault(folder, {})
     if name not in mine:

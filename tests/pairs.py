@@ -1,4 +1,5 @@
-"""Our programs and the plain version side by side: the same weights, inputs and draws at the published settings.
+"""Our programs and the plain version side by side: the same weights, inputs and draws at the published
+settings.
 
 bench.py times these pairs; test_bench.py runs them in small and compares what they return.
 """
@@ -14,16 +15,17 @@ import plain
 from folders import ROOT, load
 
 EPISODES = 1000  # of an evaluation
-# On a CPU torch sums batch norm's statistics in float32, one value after the other, where channels come last: five million
-# values a channel, as at S=32, leave an error of 0.5 % in the variance. The small sizes of the tests agree to 1e-5.
+# On a CPU torch sums batch norm's statistics in float32, one value after the other, where channels come last:
+# five million values a channel, as at S=32, leave an error of 0.5 % in the variance. The small sizes of the
+# tests agree to 1e-5.
 FP32 = 1e-3
 
 
 class Pair(NamedTuple):
     """One measurement. Each version is {part: (call, how often a whole needs it)}.
 
-    A call returns a tensor; those of the last parts are the same but for `tolerance`. Evaluation and export are float32
-    in any run, as the programs have them.
+    A call returns a tensor; those of the last parts are the same but for `tolerance`. Evaluation and export
+    are float32 in any run, as the programs have them.
     """
 
     title: str
@@ -37,7 +39,10 @@ class Pair(NamedTuple):
 
 
 def difference(ours, other):
-    """Mean distance of the two versions' results, relative where they are large; ours may hold more than the plain version computed."""
+    """Mean distance of the two versions' results, relative where they are large.
+
+    Ours may hold more than the plain version computed.
+    """
     return ((ours[: len(other)].float() - other).abs() / (1 + other.abs())).mean().item()
 
 
@@ -61,12 +66,18 @@ def networks(folder, args, bf16, device, **sizes):
 
 
 def gmvae_step(folder, title, flags, images, device, bf16, **sizes):
-    """A training step of omniglot/ or mimgnet/, drawing the sets included; images (N, ...) to draw them from."""
+    """A training step of omniglot/ or mimgnet/, drawing the sets included.
+
+    Images (N, ...) to draw them from.
+    """
     main, draw_sets = load(folder, "main"), load(folder, "dataloader").draw_sets
     args, images = main.parse_args(flags), images.to(device)
     ours, oracle = networks(folder, args, bf16, device, **sizes)
     adam = {"lr": args.lr, "weight_decay": args.weight_decay}
-    our_adam, plain_adam = torch.optim.Adam(ours.parameters(), fused=True, **adam), torch.optim.Adam(oracle.parameters(), **adam)
+    our_adam, plain_adam = (
+        torch.optim.Adam(ours.parameters(), fused=True, **adam),
+        torch.optim.Adam(oracle.parameters(), **adam),
+    )
     if args.compile:
         ours.compile(mode="reduce-overhead")
     our_draws, plain_draws = (torch.Generator(device).manual_seed(0) for _ in range(2))
@@ -78,34 +89,47 @@ def gmvae_step(folder, title, flags, images, device, bf16, **sizes):
     def plain_step():
         x, S = draw_sets(images, args.batch_size, args.sample_size, plain_draws), args.train_mc_sample_size
         noise = torch.randn(*x.shape[:2], S, args.latent_size, device=device, generator=plain_draws)
-        first = plain.starting_samples(torch.rand(*x.shape[:2], S, device=device, generator=plain_draws), args.way)
+        first = plain.starting_samples(
+            torch.rand(*x.shape[:2], S, device=device, generator=plain_draws), args.way
+        )
         losses = plain.loss_terms(oracle, x, noise, first, args.unsupervised_em_iters)
         plain_adam.zero_grad()
         sum(losses).backward()
         plain_adam.step()
         return torch.stack(losses).detach()
 
-    title = f"{title} step, {args.batch_size} x {args.sample_size}, S={args.train_mc_sample_size}, K={args.way}" + ", compiled" * args.compile
+    title = (
+        f"{title} step, {args.batch_size} x {args.sample_size}, S={args.train_mc_sample_size}, K={args.way}"
+        + ", compiled" * args.compile
+    )
     precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", FP32)
     warm_up = 4 if args.compile else 0  # it compiles, tries, records CUDA graphs and replays them
-    return Pair(title, "step", 1, precision, {"step": (our_step, 1)}, {"step": (plain_step, 1)}, tolerance, warm_up)
+    return Pair(
+        title, "step", 1, precision, {"step": (our_step, 1)}, {"step": (plain_step, 1)}, tolerance, warm_up
+    )
 
 
 def omniglot_step(flags, tiny, device, bf16):
     flags = flags + (" --hidden-size 8 --latent-size 6 --batch-size 2 --sample-size 12" if tiny else "")
-    return gmvae_step("omniglot", "Omniglot", flags.split(), random_bytes(200 if tiny else 96000, 28, 28, 1), device, bf16)
+    return gmvae_step(
+        "omniglot", "Omniglot", flags.split(), random_bytes(200 if tiny else 96000, 28, 28, 1), device, bf16
+    )
 
 
 def mimgnet_step(flags, tiny, device, bf16):
-    flags, width = (flags + " --hidden-size 16 --batch-size 3 --train-mc-sample-size 8", 32) if tiny else (flags, 256)
+    flags, width = (
+        (flags + " --hidden-size 16 --batch-size 3 --train-mc-sample-size 8", 32) if tiny else (flags, 256)
+    )
     features = random_features(200 if tiny else 38400, width)
     return gmvae_step("mimgnet", "Mini-ImageNet", flags.split(), features, device, bf16, feature_size=width)
 
 
 def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
-    """A test of EPISODES episodes, timed on `count`; images (classes, members, ...). Omniglot's encodes every image first, once.
+    """A test of EPISODES episodes, timed on `count`; images (classes, members, ...). Omniglot's encodes every
+    image first, once.
 
-    The plain version takes a few whole episodes at once, encoder included; the noise is drawn before, for both.
+    The plain version takes a few whole episodes at once, encoder included; the noise is drawn before, for
+    both.
     """
     at_once = 32 if device.type == "cuda" else 4  # enough to fill a GPU
     main, dataloader, evaluation = (load(folder, name) for name in ("main", "dataloader", "evaluate"))
@@ -114,7 +138,9 @@ def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
     S, iters = args.test_mc_sample_size, args.semisupervised_em_iters
     episodes = dataloader.draw_episodes(images, way, shot, args.query, count, seed=0)
     members = shot + args.query
-    noise = plain.episode_noise(evaluation.NOISE_POOL, count, way, shot, members, S, args.latent_size)[:at_once].to(device)
+    noise = plain.episode_noise(evaluation.NOISE_POOL, count, way, shot, members, S, args.latent_size)[
+        :at_once
+    ].to(device)
     flat, labels = images.flatten(0, 1), torch.arange(way, device=device).repeat_interleave(args.query)
     as_float = getattr(dataloader, "as_float", lambda x: x)
     features = flat if folder == "mimgnet" else evaluation.encode_all(ours, images)
@@ -126,12 +152,16 @@ def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
     def plain_episodes():
         x = as_float(flat[episodes[:at_once].to(device)])
         found = plain.predict_episodes(oracle, x, shot, noise, iters).argmax(-1)
-        return 100 * (found == labels).float().mean(-1).cpu()  # of each episode, in percent, as `evaluate` returns it
+        return (
+            100 * (found == labels).float().mean(-1).cpu()
+        )  # of each episode, in percent, as `evaluate` returns it
 
     encode = {} if folder == "mimgnet" else {"encode": (lambda: evaluation.encode_all(ours, images), 1)}
     fast = encode | {"episodes": (our_episodes, EPISODES / count)}
     title = f"{title} prediction, {way}-way {shot}-shot, S={S}"
-    return Pair(title, "episodes", EPISODES, "fp32", fast, {"episodes": (plain_episodes, EPISODES / len(noise))}, 5e-2)
+    return Pair(
+        title, "episodes", EPISODES, "fp32", fast, {"episodes": (plain_episodes, EPISODES / len(noise))}, 5e-2
+    )
 
 
 def timed(count, device):
@@ -141,13 +171,32 @@ def timed(count, device):
 
 def omniglot_eval(way, count, tiny, device, bf16):
     flags, classes = ("--hidden-size 8 --latent-size 6 --test-mc-sample-size 4", 25) if tiny else ("", 1292)
-    return prediction("omniglot", "Omniglot", way, 1, flags.split(), random_bytes(classes, 20, 28, 28, 1), 12 if tiny else timed(count, device), device)
+    return prediction(
+        "omniglot",
+        "Omniglot",
+        way,
+        1,
+        flags.split(),
+        random_bytes(classes, 20, 28, 28, 1),
+        12 if tiny else timed(count, device),
+        device,
+    )
 
 
 def mimgnet_eval(shot, count, tiny, device, bf16):
     flags, width = ("--hidden-size 16 --test-mc-sample-size 4", 32) if tiny else ("", 256)
     features = random_features(20, 80 if tiny else 600, width)
-    return prediction("mimgnet", "Mini-ImageNet", 5, shot, flags.split(), features, 12 if tiny else timed(count, device), device, feature_size=width)
+    return prediction(
+        "mimgnet",
+        "Mini-ImageNet",
+        5,
+        shot,
+        flags.split(),
+        features,
+        12 if tiny else timed(count, device),
+        device,
+        feature_size=width,
+    )
 
 
 def encoders(args, bf16, device):
@@ -161,8 +210,9 @@ def encoders(args, bf16, device):
 
 
 def simclr_step(flags, tiny, device, bf16):
-    """A step with its views. The plain version makes them one by one through Pillow, in this process, without a loader's workers;
-    decoding the files is left out, which favours it. Its step is compared, and timed, on views of ours."""
+    """A step with its views. The plain version makes them one by one through Pillow, in this process, without
+    a loader's workers; decoding the files is left out, which favours it. Its step is compared, and timed, on
+    views of ours."""
     main, data = load("simclr", "main"), load("simclr", "dataloader")
     args = main.parse_args([*flags.split(), *("--hidden-size 8 --batch-size 16".split() if tiny else [])])
     strength, size = (args.crop_scale, args.jitter, args.hue), args.view_size
@@ -171,23 +221,38 @@ def simclr_step(flags, tiny, device, bf16):
     criterion, plain_loss = main.nt_xent, plain.nt_xent
     if args.loss == "prototypical":  # of the features themselves
         projection, oracle = torch.nn.Identity(), oracle[0]
-        criterion, plain_loss = (partial(loss, views=args.views) for loss in (main.prototypical, plain.prototypical))
+        criterion, plain_loss = (
+            partial(loss, views=args.views) for loss in (main.prototypical, plain.prototypical)
+        )
     parameters = [*encoder.parameters(), *projection.parameters()]
-    our_adam, plain_adam = torch.optim.Adam(parameters, lr=args.lr, fused=True), torch.optim.Adam(oracle.parameters(), lr=args.lr)
+    our_adam, plain_adam = (
+        torch.optim.Adam(parameters, lr=args.lr, fused=True),
+        torch.optim.Adam(oracle.parameters(), lr=args.lr),
+    )
     on_device, draws = images.to(device), torch.Generator().manual_seed(0)
-    x = data.training_views(on_device, torch.Generator().manual_seed(0), size, args.views, strength).contiguous()
+    x = data.training_views(
+        on_device, torch.Generator().manual_seed(0), size, args.views, strength
+    ).contiguous()
     view = transforms.Compose([
-        transforms.RandomResizedCrop(size, scale=(args.crop_scale, data.SCALE[1])), transforms.RandomHorizontalFlip(data.P_FLIP),
+        transforms.RandomResizedCrop(size, scale=(args.crop_scale, data.SCALE[1])),
+        transforms.RandomHorizontalFlip(data.P_FLIP),
         transforms.RandomApply([transforms.ColorJitter(*[args.jitter] * 3, args.hue)], data.P_JITTER),
-        transforms.RandomGrayscale(data.P_GREY), transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD),
+        transforms.RandomGrayscale(data.P_GREY), transforms.ToTensor(), transforms.Normalize(data.MEAN,
+        data.STD),
     ])  # fmt: skip
 
     def our_step():
         views = data.training_views(on_device, draws, size, args.views, strength)
-        return main.train_step(encoder, projection, our_adam, views, args.lr, args.temperature, criterion).detach().view(1)
+        return (
+            main.train_step(encoder, projection, our_adam, views, args.lr, args.temperature, criterion)
+            .detach()
+            .view(1)
+        )
 
     def plain_views():
-        return torch.stack([view(Image.fromarray(image)) for _ in range(args.views) for image in images.numpy()]).to(device)
+        return torch.stack(
+            [view(Image.fromarray(image)) for _ in range(args.views) for image in images.numpy()]
+        ).to(device)
 
     def plain_step():
         loss = plain_loss(oracle(x), temperature=args.temperature)
@@ -199,7 +264,15 @@ def simclr_step(flags, tiny, device, bf16):
     precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", FP32)
     several = "" if args.views == 2 else f" x {args.views} of {size} pixels"
     title = f"SimCLR step, batch {args.batch_size}{several}, with augmentation"
-    return Pair(title, "step", 1, precision, {"step": (our_step, 1)}, {"views": (plain_views, 1), "step": (plain_step, 1)}, tolerance)
+    return Pair(
+        title,
+        "step",
+        1,
+        precision,
+        {"step": (our_step, 1)},
+        {"views": (plain_views, 1), "step": (plain_step, 1)},
+        tolerance,
+    )
 
 
 def simclr_export(tiny, device, bf16):
@@ -213,12 +286,25 @@ def simclr_export(tiny, device, bf16):
     @torch.no_grad()
     def plain_export():
         batches = images.flatten(0, 1).split(100)
-        return torch.cat([oracle(torch.stack([read(Image.fromarray(i.numpy())) for i in batch]).to(device)) for batch in batches])
+        return torch.cat(
+            [
+                oracle(torch.stack([read(Image.fromarray(i.numpy())) for i in batch]).to(device))
+                for batch in batches
+            ]
+        )
 
     def our_export():
         return features.encode_all(encoder, on_device).flatten(0, 1)
 
-    return Pair("SimCLR feature export", "images", images.shape[:2].numel(), "fp32", {"export": (our_export, 1)}, {"export": (plain_export, 1)}, 1e-5)
+    return Pair(
+        "SimCLR feature export",
+        "images",
+        images.shape[:2].numel(),
+        "fp32",
+        {"export": (our_export, 1)},
+        {"export": (plain_export, 1)},
+        1e-5,
+    )
 
 
 PAIRS = {

@@ -1,8 +1,9 @@
 """The method written out plainly from its equations: the oracle of the tests and the baseline of bench.py.
 
-Eager PyTorch in the dtype of its inputs, every density by its definition, every tensor of size N x K x D formed,
-the target repeated for every sample, EM recorded by autograd, no cache; nothing is shared with the experiments but
-the names of the parameters, so that a state dict of theirs can be loaded. Leading dimensions are sets or episodes.
+Eager PyTorch in the dtype of its inputs, every density by its definition, every tensor of size N x K x D
+formed, the target repeated for every sample, EM recorded by autograd, no cache; nothing is shared with the
+experiments but the names of the parameters, so that a state dict of theirs can be loaded. Leading dimensions
+are sets or episodes.
 """
 
 import math
@@ -20,7 +21,10 @@ def log_normal(z, mu, var):
 
 
 def component_log_joint(z, pi, mu, var):
-    """log pi_k + log N(z_i; mu_k, diag var_k): z (..., N, D), pi (..., K), mu and var (..., K, D) -> (..., N, K)."""
+    """log pi_k + log N(z_i; mu_k, diag var_k).
+
+    Z (..., N, D), pi (..., K), mu and var (..., K, D) -> (..., N, K).
+    """
     return pi.log().unsqueeze(-2) + log_normal(z.unsqueeze(-2), mu.unsqueeze(-3), var.unsqueeze(-3))
 
 
@@ -38,7 +42,10 @@ def m_step(z, resp):
 
 
 def starting_samples(draws, K, start="samples"):
-    """Indices (B, K) of the samples that EM starts from, by uniform draws (B, M, S); from "images", each of another one, K at most M."""
+    """Indices (B, K) of the samples that EM starts from, by uniform draws (B, M, S).
+
+    From "images", each of another one, K at most M.
+    """
     if start == "samples":
         return draws.flatten(1).topk(K).indices
     images = draws.amax(-1).topk(K).indices
@@ -60,11 +67,18 @@ def log_likelihood(z, pi, mu):
 
 
 def adapt(support, query, iters, reading):
-    """Semi-supervised EM: support (..., K, n, D) with fixed labels, query (..., N, D) -> mu, var (..., K, D)."""
+    """Semi-supervised EM.
+
+    Support (..., K, n, D) with fixed labels, query (..., N, D) -> mu, var (..., K, D).
+    """
     K, n = support.shape[-3:-1]
     pi = support.new_full(support.shape[:-2], 1 / K)
     mu, var = support.mean(-2), torch.ones_like(support[..., 0, :])
-    labels = torch.eye(K, dtype=support.dtype, device=support.device).repeat_interleave(n, 0).expand(*support.shape[:-3], -1, -1)
+    labels = (
+        torch.eye(K, dtype=support.dtype, device=support.device)
+        .repeat_interleave(n, 0)
+        .expand(*support.shape[:-3], -1, -1)
+    )
     z = torch.cat([support.flatten(-3, -2), query], -2)
     for _ in range(iters):
         guess = e_step(query, pi, mu, var if reading in ("learned", "tied") else torch.ones_like(var))
@@ -75,7 +89,11 @@ def adapt(support, query, iters, reading):
         squares = (z.unsqueeze(-2) - mu.unsqueeze(-3)) ** 2  # (..., K n + N, K, D)
         var = (resp.unsqueeze(-1) * squares).sum(-3) / resp.sum(-2).unsqueeze(-1)
         if reading == "tied":  # one variance for all classes, of every sample around its own class's mean
-            var = ((resp.unsqueeze(-1) * squares).sum((-3, -2)) / resp.sum((-2, -1)).unsqueeze(-1)).unsqueeze(-2).expand_as(mu)
+            var = (
+                ((resp.unsqueeze(-1) * squares).sum((-3, -2)) / resp.sum((-2, -1)).unsqueeze(-1))
+                .unsqueeze(-2)
+                .expand_as(mu)
+            )
     return mu, var
 
 
@@ -105,7 +123,9 @@ class SetAttention(nn.Module):
     def forward(self, x):
         q, k, v = (x @ w.T + b for w, b in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)))
         heads = zip(*(part.chunk(self.heads, -1) for part in (q, k, v)))
-        attended = torch.cat([torch.softmax(a @ b.mT / math.sqrt(self.width), -1) @ c for a, b, c in heads], -1)
+        attended = torch.cat(
+            [torch.softmax(a @ b.mT / math.sqrt(self.width), -1) @ c for a, b, c in heads], -1
+        )
         h = q + attended
         return h + F.relu(self.out(h))
 
@@ -115,7 +135,11 @@ class ConvBlock(nn.Module):
 
     def __init__(self, channels_in, channels, ceil_mode):
         super().__init__()
-        self.conv, self.norm, self.ceil_mode = nn.Conv2d(channels_in, channels, 3, padding=1), nn.BatchNorm2d(channels), ceil_mode
+        self.conv, self.norm, self.ceil_mode = (
+            nn.Conv2d(channels_in, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            ceil_mode,
+        )
 
     def forward(self, x):
         return F.max_pool2d(F.relu(self.norm(self.conv(x))), 2, ceil_mode=self.ceil_mode)
@@ -131,10 +155,16 @@ class ImageGMVAE(nn.Module):
     def __init__(self, hidden_size=64, latent_size=64):
         super().__init__()
         c, width = hidden_size, 4 * hidden_size
-        self.encoder = nn.Sequential(*(ConvBlock(1 if i == 0 else c, c, ceil_mode=True) for i in range(4)), nn.Flatten())
+        self.encoder = nn.Sequential(
+            *(ConvBlock(1 if i == 0 else c, c, ceil_mode=True) for i in range(4)), nn.Flatten()
+        )
         self.set_network = set_network(width, latent_size)
         mlp = [layer for i in range(3) for layer in (nn.Linear(width if i else latent_size, width), nn.ELU())]
-        up = [layer for k in (4, 3, 4) for layer in (nn.ConvTranspose2d(c, c, k, 2, 1), nn.BatchNorm2d(c), nn.ReLU())]
+        up = [
+            layer
+            for k in (4, 3, 4)
+            for layer in (nn.ConvTranspose2d(c, c, k, 2, 1), nn.BatchNorm2d(c), nn.ReLU())
+        ]
         self.decoder = nn.Sequential(*mlp, nn.Unflatten(1, (c, 2, 2)), *up, nn.ConvTranspose2d(c, 1, 4, 2, 1))
 
     def posterior(self, x):
@@ -156,7 +186,9 @@ class FeatureGMVAE(nn.Module):
         super().__init__()
         sizes = (latent_size, hidden_size, hidden_size, feature_size)
         self.set_network = set_network(feature_size, latent_size)
-        self.decoder = nn.Sequential(*(layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())))
+        self.decoder = nn.Sequential(
+            *(layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU()))
+        )
 
     def posterior(self, x):
         return self.set_network(x).chunk(2, -1)
@@ -168,7 +200,7 @@ class FeatureGMVAE(nn.Module):
 
 
 def loss_terms(network, x, noise, first, iters, fix_pi=False):
-    """(-E log p(x|z), E[log q - log p_psi*]) from given noise (B, M, S, D) and starting samples, indices first (B, K)."""
+    """(-E log p(x|z), E[log q - log p_psi*]) from noise (B, M, S, D), starting samples first (B, K)."""
     mean, log_var = network.posterior(x)
     z = mean.unsqueeze(2) + (0.5 * log_var).exp().unsqueeze(2) * noise  # (B, M, S, D)
     samples = z.flatten(1, 2)
@@ -179,19 +211,25 @@ def loss_terms(network, x, noise, first, iters, fix_pi=False):
 
 
 def episode_noise(pool, count, way, shot, members, S, D):
-    """Return the noise of `evaluate`, (count, way, members, S, D): of consecutive images of a pool, the support's first."""
+    """Return the noise of `evaluate`, (count, way, members, S, D).
+
+    Of consecutive images of a pool, the support's first.
+    """
     noise = torch.randn(pool, S, D, generator=torch.Generator().manual_seed(0))
     start = torch.randint(pool, (count, 1), generator=torch.Generator().manual_seed(1))
     found = []
     for first in start.flatten().tolist():
         own = noise.roll(-first, 0)[: way * members]
-        support, query = own[: way * shot].unflatten(0, (way, shot)), own[way * shot :].unflatten(0, (way, members - shot))
+        support, query = (
+            own[: way * shot].unflatten(0, (way, shot)),
+            own[way * shot :].unflatten(0, (way, members - shot)),
+        )
         found.append(torch.cat([support, query], 1))
     return torch.stack(found)
 
 
 def predict_episodes(network, x, shot, noise, iters, reading="unit"):
-    """Probabilities of the query images of episodes x (B, way, shot + query, ...), noise (B, way, shot + query, S, D) -> (B, Q, K)."""
+    """Probabilities of queries: x (B, way, members, ...), noise (B, way, members, S, D) -> (B, Q, K)."""
     mean, log_var = network.posterior(x.flatten(1, 2))
     z = mean.unsqueeze(2) + (0.5 * log_var).exp().unsqueeze(2) * noise.flatten(1, 2)
     z = z.unflatten(1, x.shape[1:3])  # (B, way, members, S, D)
@@ -204,14 +242,18 @@ class Encoder(nn.Module):
     def __init__(self, hidden_size=64):
         super().__init__()
         c = hidden_size
-        self.blocks = nn.Sequential(ConvBlock(3, c, ceil_mode=False), *(ConvBlock(c, c, ceil_mode=False) for _ in range(4)), nn.Flatten())
+        self.blocks = nn.Sequential(
+            ConvBlock(3, c, ceil_mode=False),
+            *(ConvBlock(c, c, ceil_mode=False) for _ in range(4)),
+            nn.Flatten(),
+        )
 
     def forward(self, x):
         return self.blocks(x)
 
 
 def nt_xent(z, temperature):
-    """Mean over the 2 N views of -log exp(s_ij / t) / sum over k other than i of exp(s_ik / t), s the cosine similarity."""
+    """Mean over the 2 N views of -log exp(s_ij / t) / sum over k != i of exp(s_ik / t), s the cosine."""
     N = len(z) // 2
     z = F.normalize(z)
     similar = z @ z.mT / temperature  # (2 N, 2 N)

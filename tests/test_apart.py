@@ -1,4 +1,7 @@
-"""The same images in two splits: what a test would know from training is refused, a few that recur are not."""
+"""The same images in two splits.
+
+What a test would know from training is refused, a few that recur are not.
+"""
 
 import numpy as np
 import pytest
@@ -62,7 +65,9 @@ def test_what_is_accepted(folder):
 
 def test_floats_are_compared_with_bytes():
     found = splits("omniglot")
-    refused("omniglot", found | {"test": found["train"].float() / 255}, "120 images of train found in test too")
+    refused(
+        "omniglot", found | {"test": found["train"].float() / 255}, "120 images of train found in test too"
+    )
 
 
 def test_features_of_training_without_classes():
@@ -76,5 +81,7 @@ def test_features_of_training_without_classes():
 @needs_shared_data
 def test_real_omniglot_is_apart(omniglot_dir):
     dataloader = load("omniglot", "dataloader")
-    found = {name: torch.from_numpy(np.load(omniglot_dir / f"{name}.npy")) for name in ("train", "val", "test")}
+    found = {
+        name: torch.from_numpy(np.load(omniglot_dir / f"{name}.npy")) for name in ("train", "val", "test")
+    }
     dataloader.check_apart(omniglot_dir, found)

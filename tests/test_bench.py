@@ -1,4 +1,7 @@
-"""bench.py: both versions of every measurement compute the same, and its report has what it says. Never a time."""
+"""bench.py: both versions of every measurement compute the same, and its report has what it says.
+
+Never a time.
+"""
 
 import json
 import sys
@@ -6,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, load, run
+from conftest import ROOT, run
 from pairs import COMPILED, EPISODES, FP32, PAIRS, Pair, difference
 
 sys.path.insert(0, str(ROOT))
@@ -47,7 +50,10 @@ def test_both_versions_compute_the_same(name):
 
 @pytest.mark.parametrize("name", ["omniglot-5way", "omniglot-20way", "mimgnet-step"])
 def test_a_step_leaves_both_versions_with_the_same_weights(name):
-    """The losses of the second step, on other sets and draws: both have had the same gradient and the same Adam."""
+    """The losses of the second step, on other sets and draws.
+
+    Both have had the same gradient and the same Adam.
+    """
     pair = tiny(name)
     (first, _), (ours, other) = results(pair), results(pair)
     assert difference(ours, other) < 1e-3 < difference(first, other)
@@ -99,23 +105,48 @@ def test_versions_that_differ_are_said_after_the_report(tmp_path, monkeypatch, c
     calls = [{"part": (lambda value=value: torch.tensor([value]), 1)} for value in (1.0, 1.1)]
     pair = Pair("a title", "items", 1, "fp32", *calls, 1e-2)
     monkeypatch.setattr(bench, "PAIRS", {"simclr-step": (lambda *_: pair,)})
-    status, stdout, stderr = bench_main(monkeypatch, capfd, "--tiny", "--baseline", "--repeat", 1, "--device", "cpu", "--out", tmp_path)
-    assert status == 2 and "a title: results 0.04" in stderr and "| a title" in stdout and len(list(tmp_path.iterdir())) == 1
+    status, stdout, stderr = bench_main(
+        monkeypatch, capfd, "--tiny", "--baseline", "--repeat", 1, "--device", "cpu", "--out", tmp_path
+    )
+    assert (
+        status == 2
+        and "a title: results 0.04" in stderr
+        and "| a title" in stdout
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_part_of_the_table_does_not_replace_the_whole():
     assert bench.parse_args([]).out == ROOT / "results/bench"
-    assert bench.parse_args(["--only", "simclr-step"]).out is None and bench.parse_args(["--tiny"]).out is None
+    assert (
+        bench.parse_args(["--only", "simclr-step"]).out is None and bench.parse_args(["--tiny"]).out is None
+    )
 
 
 def test_the_report(tmp_path):
     """The command as a user runs it, every measurement in small."""
-    flags = ["--tiny", "--baseline", "--repeat", 2, "--device", "cpu", "--precision", "fp32", "--out", tmp_path]
+    flags = [
+        "--tiny",
+        "--baseline",
+        "--repeat",
+        2,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--out",
+        tmp_path,
+    ]
     result = run(".", *flags, script="bench.py", env={"OMP_NUM_THREADS": "1"}, timeout=600)
     assert result.returncode == 0, result.stderr
     (path,) = tmp_path.iterdir()
     report = json.loads(path.read_text())
-    assert path.name.endswith("-1-threads-fp32.json") and report["threads"] == 1 and report["device"] and report["tiny"]
+    assert (
+        path.name.endswith("-1-threads-fp32.json")
+        and report["threads"] == 1
+        and report["device"]
+        and report["tiny"]
+    )
     assert report["versions"].keys() == {"python", "torch", "torchvision", "numpy"}
     assert report["matmul_flop_per_second"].keys() == {"fp32"}
     assert list(report["measurements"]) == EAGER
@@ -123,14 +154,20 @@ def test_the_report(tmp_path):
         pair = tiny(name)
         assert row["title"] == pair.title and row["title"] in result.stdout
         assert row["items"] == pair.items and row["difference"] <= pair.tolerance
-        assert row["ours"]["parts"].keys() == pair.ours.keys() and row["plain"]["parts"].keys() == pair.plain.keys()
+        assert (
+            row["ours"]["parts"].keys() == pair.ours.keys()
+            and row["plain"]["parts"].keys() == pair.plain.keys()
+        )
         assert row["ours"]["flop"] > 0 and row["ours"]["share_of_matmul_rate"] > 0 and row["speedup"] > 0
     assert report["measurements"]["omniglot-eval-5way"]["items"] == EPISODES
     assert len([line for line in result.stdout.splitlines() if line.startswith("| ")]) == len(EAGER) + 2
 
 
 def bench_main(monkeypatch, capfd, *flags):
-    """bench.py in this process, which saves importing torch again: (exit status, stdout, stderr), those of its children included."""
+    """bench.py in this process, which saves importing torch again.
+
+    (exit status, stdout, stderr), those of its children included.
+    """
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     status = 0
@@ -142,7 +179,19 @@ def bench_main(monkeypatch, capfd, *flags):
 
 
 def test_precisions_side_by_side(glyphs_dir, tmp_path, monkeypatch, capfd):
-    flags = ["--compare-precision", 4, "--tiny", "--repeat", 1, "--device", "cpu", "--data-dir", glyphs_dir, "--out", tmp_path]
+    flags = [
+        "--compare-precision",
+        4,
+        "--tiny",
+        "--repeat",
+        1,
+        "--device",
+        "cpu",
+        "--data-dir",
+        glyphs_dir,
+        "--out",
+        tmp_path,
+    ]
     status, stdout, stderr = bench_main(monkeypatch, capfd, *flags)
     assert status == 0, stderr
     (path,) = tmp_path.glob("*-1-threads-precisions.json")
@@ -150,7 +199,10 @@ def test_precisions_side_by_side(glyphs_dir, tmp_path, monkeypatch, capfd):
     assert runs.keys() == {"seed 0"} and runs["seed 0"].keys() == {"fp32", "bf16"}
     assert [line["step"] for line in runs["seed 0"]["bf16"]] == [1, 2, 3, 4]
     for line, other in zip(runs["seed 0"]["fp32"], runs["seed 0"]["bf16"], strict=True):
-        assert line["reconstruction"] == pytest.approx(other["reconstruction"], rel=0.02) and line["reconstruction"] != other["reconstruction"]
+        assert (
+            line["reconstruction"] == pytest.approx(other["reconstruction"], rel=0.02)
+            and line["reconstruction"] != other["reconstruction"]
+        )
         assert f"{line['reconstruction']:.2f} / {other['reconstruction']:.2f}" in stdout
 
 

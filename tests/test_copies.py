@@ -1,6 +1,8 @@
 """Experiment folders share text, not imports: the copies are held equal here."""
 
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ def test_machine_and_runtime_are_the_same_files(folder):
         assert (ROOT / folder / name).read_bytes() == (ROOT / "omniglot" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["class SetAttention", "def load_model", "    def posterior", "    def predict_encoded"])
+@pytest.mark.parametrize(
+    "name", ["class SetAttention", "def load_model", "    def posterior", "    def predict_encoded"]
+)
 def test_what_both_models_share_is_the_same_text(name):
     texts = []
     for folder in EXPERIMENTS:
@@ -32,24 +36,48 @@ def test_what_both_models_share_is_the_same_text(name):
     assert texts[0] == texts[1] and len(texts[0].splitlines()) > 5
 
 
-@pytest.mark.parametrize("flags", ["--fix-pi", "--em-start images", "--unsupervised-em-iters 1", "--way 2", "--train-mc-sample-size 3"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--fix-pi", "--em-start images", "--unsupervised-em-iters 1", "--way 2", "--train-mc-sample-size 3"],
+)
 @pytest.mark.parametrize("folder", EXPERIMENTS)
 def test_a_flag_of_the_mixture_reaches_the_step(folder, flags):
     main, model = load(folder, "main"), load(folder, "model")
-    x = torch.rand(2, 20, *((28, 28, 1) if folder == "omniglot" else (32,)), generator=torch.Generator().manual_seed(1))
+    x = torch.rand(
+        2, 20, *((28, 28, 1) if folder == "omniglot" else (32,)), generator=torch.Generator().manual_seed(1)
+    )
     terms = []
     for given in ([], flags.split()):
         args = main.parse_args(["--train-mc-sample-size", "2", *given])
         torch.manual_seed(0)
-        network = model.GMVAE(**({} if folder == "omniglot" else {"feature_size": 32}), hidden_size=8, latent_size=6)
+        network = model.GMVAE(
+            **({} if folder == "omniglot" else {"feature_size": 32}), hidden_size=8, latent_size=6
+        )
         optimizer = torch.optim.Adam(network.parameters())
-        terms.append(main.train_step(network, optimizer, x, 1, args, torch.Generator().manual_seed(0))[1].item())
+        terms.append(
+            main.train_step(network, optimizer, x, 1, args, torch.Generator().manual_seed(0))[1].item()
+        )
     assert abs(terms[0] - terms[1]) > 1e-4
+
+
+def test_files_stay_short_and_narrow():
+    files = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    assert files or not (ROOT / ".git").exists()
+    for name in files:
+        lines = (ROOT / name).read_text().splitlines()
+        assert max(map(len, lines), default=0) <= 110, name
+        assert len(lines) <= {"main.py": 300, "runtime.py": 200}.get(Path(name).name, 500), name
 
 
 def test_the_baseline_is_tested_on_the_same_episodes():
     """Logistic regression on SimCLR's features and Meta-GMVAE on them: the same images, support and query."""
     images, drawn = torch.zeros(20, 80, 4), []
     for folder in ("simclr", "mimgnet"):
-        drawn.append(load(folder, "dataloader").draw_episodes(images, 5, 5, 15, 100, load(folder, "export" if folder == "simclr" else "evaluate").TEST_SEED))
+        drawn.append(
+            load(folder, "dataloader").draw_episodes(
+                images, 5, 5, 15, 100, load(folder, "export" if folder == "simclr" else "evaluate").TEST_SEED
+            )
+        )
     assert drawn[0].equal(drawn[1])

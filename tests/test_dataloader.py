@@ -21,7 +21,7 @@ def save(folder, array):
 
 
 def refuses(folder, *words):
-    """Asserts that loading folder/train.npy ends in a one-line UserError that names the file and has all `words`."""
+    """Assert that loading folder/train.npy ends in a one-line UserError with the file and all `words`."""
     with pytest.raises(UserError) as caught:
         data.load_split(folder, "train")
     message = str(caught.value)
@@ -109,16 +109,33 @@ def test_an_archive_of_arrays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (3,), (3, 4, 28, 28), (12, 28, 28, 1), (3, 4, 28, 28, 3), (3, 4, 32, 32, 1), (3, 4, 1, 28, 28), (0, 4, 28, 28, 1), (3, 0, 28, 28, 1)]
+    "shape",
+    [
+        (),
+        (3,),
+        (3, 4, 28, 28),
+        (12, 28, 28, 1),
+        (3, 4, 28, 28, 3),
+        (3, 4, 32, 32, 1),
+        (3, 4, 1, 28, 28),
+        (0, 4, 28, 28, 1),
+        (3, 0, 28, 28, 1),
+    ],
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_a_wrong_shape(tmp_path, shape, dtype):
-    refuses(save(tmp_path, np.zeros(shape, dtype)), f"shape {shape}", "expected (classes, drawings, 28, 28, 1)")
+    refuses(
+        save(tmp_path, np.zeros(shape, dtype)), f"shape {shape}", "expected (classes, drawings, 28, 28, 1)"
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16, bool, np.complex64, "U1", "M8[s]"])
 def test_a_wrong_dtype(tmp_path, dtype):
-    refuses(save(tmp_path, np.zeros((1, 1, 28, 28, 1), dtype)), f"dtype {np.dtype(dtype)}", "expected uint8 or float")
+    refuses(
+        save(tmp_path, np.zeros((1, 1, 28, 28, 1), dtype)),
+        f"dtype {np.dtype(dtype)}",
+        "expected uint8 or float",
+    )
 
 
 def test_bytes_that_are_not_up_to_255(tmp_path):
@@ -139,7 +156,10 @@ WRONG = {
     "all 255": (lambda x: np.full_like(x, 255), "every value is 255"),
     "all one half": (lambda x: np.full(x.shape, 0.5), "every value is 0.5"),
     "all 0.0": (lambda x: np.zeros(x.shape), "every value is 0.0"),
-    "mostly blank": (lambda x: x * (np.arange(20) < 9)[:, None, None, None].astype(np.uint8), "275 of 500 drawings are blank"),
+    "mostly blank": (
+        lambda x: x * (np.arange(20) < 9)[:, None, None, None].astype(np.uint8),
+        "275 of 500 drawings are blank",
+    ),
     "axes swapped": (lambda x: x.swapaxes(0, 1), "(20, 25, 28, 28, 1)"),
     "axes swapped, floats": (lambda x: x.swapaxes(0, 1) / 255, "axes look swapped"),
 }
@@ -153,11 +173,21 @@ def test_values_that_are_not_ink_on_an_empty_ground(case, glyphs_dir, tmp_path):
 
 def test_grey_images_and_few_drawings_are_read(glyphs_dir, tmp_path):
     glyphs = np.load(glyphs_dir / "val.npy")
-    for array in (glyphs // 2 + 70, glyphs[:3], glyphs[:, :1], glyphs[:5, :, :, ::-1], (glyphs > 127).astype(np.float32), glyphs // 2 + 1):
+    for array in (
+        glyphs // 2 + 70,
+        glyphs[:3],
+        glyphs[:, :1],
+        glyphs[:5, :, :, ::-1],
+        (glyphs > 127).astype(np.float32),
+        glyphs // 2 + 1,
+    ):
         assert data.load_split(save(tmp_path, array), "train").shape == array.shape
 
 
-@pytest.mark.parametrize("value, word", [(1.5, "1.5"), (255.0, "255"), (-0.25, "-0.25"), (np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
+@pytest.mark.parametrize(
+    "value, word",
+    [(1.5, "1.5"), (255.0, "255"), (-0.25, "-0.25"), (np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")],
+)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_single_value_out_of_range(tmp_path, value, word, dtype):
     array = (pixels() / 255).astype(dtype)
@@ -187,7 +217,9 @@ def test_too_few_classes_or_drawings(tmp_path):
     data.check_episodes(tmp_path, "val", images, ways=[5, 7], shots=[1, 5], query=15)  # exactly enough
     with pytest.raises(UserError, match=r"val\.npy: 7 classes, expected at least 8 for 8-way"):
         data.check_episodes(tmp_path, "val", images, ways=[8, 5], shots=[1], query=15)
-    with pytest.raises(UserError, match=r"test\.npy: 20 drawings a class, expected at least 21 \(shot 5 \+ query 16\)"):
+    with pytest.raises(
+        UserError, match=r"test\.npy: 20 drawings a class, expected at least 21 \(shot 5 \+ query 16\)"
+    ):
         data.check_episodes(tmp_path, "test", images, ways=[5], shots=[5, 1], query=16)
 
 

@@ -18,13 +18,25 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("figures") / "5shot_best.pt"
     torch.save({"model": network.state_dict(), "sizes": network.sizes}, path)
     cells = '"5way1shot": {"accuracy": 50.0, "ci95": 1.0, "episodes": 9}'
-    lines = [f'{{"step": {step}, "seconds": 1, "reconstruction": 200.0, "kl": 10.0, {cells}}}\n' for step in (10, 20)]
+    lines = [
+        f'{{"step": {step}, "seconds": 1, "reconstruction": 200.0, "kl": 10.0, {cells}}}\n'
+        for step in (10, 20)
+    ]
     (path.parent / "metrics.jsonl").write_text("".join(lines))
     return path
 
 
 def test_three_small_pictures(checkpoint, glyphs_dir, tmp_path):
-    result = run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--out", tmp_path, script="figures.py")
+    result = run(
+        "omniglot",
+        "--checkpoint",
+        checkpoint,
+        "--data-dir",
+        glyphs_dir,
+        "--out",
+        tmp_path,
+        script="figures.py",
+    )
     assert result.returncode == 0 and result.stderr == "", result.stderr
     for name in ("components.png", "latents.png", "curves.png"):
         path = tmp_path / name
@@ -33,10 +45,31 @@ def test_three_small_pictures(checkpoint, glyphs_dir, tmp_path):
 
 
 def test_errors(checkpoint, glyphs_dir, tmp_path):
-    fails(run("omniglot", "--checkpoint", tmp_path / "none.pt", "--data-dir", glyphs_dir, script="figures.py"), "none.pt", "not found")
-    fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", tmp_path, script="figures.py"), "test.npy", "not found")
-    fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--shot", 6, script="figures.py"), "20 drawings", "21")
-    fails(run("omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--way", 1, script="figures.py"), "--way", "1 found", "at least 2")
+    fails(
+        run("omniglot", "--checkpoint", tmp_path / "none.pt", "--data-dir", glyphs_dir, script="figures.py"),
+        "none.pt",
+        "not found",
+    )
+    fails(
+        run("omniglot", "--checkpoint", checkpoint, "--data-dir", tmp_path, script="figures.py"),
+        "test.npy",
+        "not found",
+    )
+    fails(
+        run(
+            "omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--shot", 6, script="figures.py"
+        ),
+        "20 drawings",
+        "21",
+    )
+    fails(
+        run(
+            "omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--way", 1, script="figures.py"
+        ),
+        "--way",
+        "1 found",
+        "at least 2",
+    )
     (tmp_path / "5shot_best.pt").write_bytes(checkpoint.read_bytes())
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
     flags = ["--checkpoint", tmp_path / "5shot_best.pt", "--data-dir", glyphs_dir, "--out", tmp_path]
@@ -45,14 +78,24 @@ def test_errors(checkpoint, glyphs_dir, tmp_path):
 
 def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir, monkeypatch):
     """From support means to the class means and variances of the equations."""
-    args = figures.parse_args(["--checkpoint", str(checkpoint), "--way", "3", "--shot", "2", "--samples", "4"])
+    args = figures.parse_args(
+        ["--checkpoint", str(checkpoint), "--way", "3", "--shot", "2", "--samples", "4"]
+    )
     network, drawn = model.load_model(checkpoint), []
-    monkeypatch.setattr(figures, "sample_posterior", lambda *parts: drawn.append(model.sample_posterior(*parts)) or drawn[0])
+    monkeypatch.setattr(
+        figures, "sample_posterior", lambda *parts: drawn.append(model.sample_posterior(*parts)) or drawn[0]
+    )
     images = load("omniglot", "dataloader").load_split(glyphs_dir, "test")
     x, mean, before, mu, var = figures.fit_episode(network, images, args)
-    assert x.shape == (3, 17, 28, 28) and mean.shape == (3, 17, 8) and before.shape == mu.shape == var.shape == (3, 8)
+    assert (
+        x.shape == (3, 17, 28, 28)
+        and mean.shape == (3, 17, 8)
+        and before.shape == mu.shape == var.shape == (3, 8)
+    )
     z = drawn[0].double().unflatten(1, (3, 17))  # (1, way, members, S, D)
     support, query = z[:, :, :2].flatten(2, 3), z[:, :, 2:].flatten(1, 3)
-    for found, expected in zip((before, mu, var), (support.mean(2), *plain.adapt(support, query, 10, "unit"))):
+    for found, expected in zip(
+        (before, mu, var), (support.mean(2), *plain.adapt(support, query, 10, "unit"))
+    ):
         torch.testing.assert_close(found.double(), expected[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, mu, rtol=1e-3)

@@ -111,7 +111,9 @@ def test_the_copies_of_plain_are_the_same_text():
 def test_the_same_pictures_in_two_class_folders(tmp_path):
     source = make(tmp_path / "in")
     for c in range(1, 20):
-        shutil.copytree(source / f"class{c:02d}", source / "class00", dirs_exist_ok=True)  # the last one's stay
+        shutil.copytree(
+            source / f"class{c:02d}", source / "class00", dirs_exist_ok=True
+        )  # the last one's stay
     shutil.rmtree(source / "class18")
     result = {seed: prepare(source, tmp_path / f"out{seed}", "--seed", seed) for seed in range(4)}
     refused = [seed for seed, of in result.items() if of.returncode]

@@ -30,7 +30,9 @@ def test_glyphs_have_omniglots_form(glyphs_dir):
 
 
 def test_no_glyph_is_in_two_splits_and_no_two_drawings_are_equal(glyphs_dir):
-    images = np.concatenate([np.load(glyphs_dir / f"{name}.npy").reshape(-1, 784) for name in ("train", "val", "test")])
+    images = np.concatenate(
+        [np.load(glyphs_dir / f"{name}.npy").reshape(-1, 784) for name in ("train", "val", "test")]
+    )
     assert len(np.unique(images, axis=0)) == len(images) == 110 * 20
 
 
@@ -45,7 +47,11 @@ def test_drawings_of_a_glyph_resemble_each_other_more_than_other_glyphs(glyphs_d
 
 def test_a_seed_gives_the_same_bytes_and_another_other_characters(glyphs_dir, tmp_path):
     sizes = ["--train", 60, "--val", 25, "--test", 25]
-    assert glyphs(tmp_path / "same", *sizes).returncode == glyphs(tmp_path / "other", *sizes, "--seed", 1).returncode == 0
+    assert (
+        glyphs(tmp_path / "same", *sizes).returncode
+        == glyphs(tmp_path / "other", *sizes, "--seed", 1).returncode
+        == 0
+    )
     assert written(tmp_path / "same") == written(glyphs_dir)
     assert not np.array_equal(np.load(tmp_path / "other/test.npy"), np.load(glyphs_dir / "test.npy"))
 
@@ -59,7 +65,11 @@ def test_more_glyphs_leave_the_first_as_they_were(glyphs_dir, tmp_path):
 
 def test_glyph_errors_are_one_line(tmp_path):
     for flag, value in (("--train", "0"), ("--val", "-3"), ("--test", "2.5"), ("--train", "many")):
-        fails(glyphs(tmp_path / "out", f"{flag}={value}"), flag, f"{value} found, an integer from 1 to 100000 expected")
+        fails(
+            glyphs(tmp_path / "out", f"{flag}={value}"),
+            flag,
+            f"{value} found, an integer from 1 to 100000 expected",
+        )
     fails(glyphs(tmp_path / "out", "--seed=-1"), "--seed", "-1 found")
     fails(glyphs(tmp_path / "out", "--sead", "1"), "unrecognized arguments: --sead 1")
     assert not (tmp_path / "out").exists()
@@ -75,7 +85,12 @@ def shell(before, after, *args):
 
 def test_a_full_disk_is_named(tmp_path):
     """Played by the largest size of a file."""
-    fails(shell("ulimit -f 100;", "", "--out", tmp_path / "out"), "prepare.py: error:", tmp_path / "out", "File too large")
+    fails(
+        shell("ulimit -f 100;", "", "--out", tmp_path / "out"),
+        "prepare.py: error:",
+        tmp_path / "out",
+        "File too large",
+    )
     assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob(".prepare-*"))
 
 
@@ -92,7 +107,10 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     """2,000 characters are 31 MB."""
     most = []
     for count in (1, 2000):
-        code = "import prepare, resource; prepare.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        result = run("data/glyphs", code, "--out", tmp_path, "--val", 1, "--test", 1, "--train", count, script="-c")
+        code = "import prepare, resource; prepare.main(); "
+        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        result = run(
+            "data/glyphs", code, "--out", tmp_path, "--val", 1, "--test", 1, "--train", count, script="-c"
+        )
         most.append(int(result.stdout.splitlines()[-1]) / 1024)  # MiB
     assert most[1] < most[0] + 12

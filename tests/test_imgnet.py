@@ -1,4 +1,7 @@
-"""data/imgnet/prepare.py: arrays from loose files and from zips, and every problem of a source named with its count."""
+"""data/imgnet/prepare.py.
+
+Arrays from loose files and from zips, and every problem of a source named with its count.
+"""
 
 import csv
 import io
@@ -20,7 +23,9 @@ def jpeg(seed, size=(84, 84), mode="RGB"):
     """A JPEG of smooth noise, so that compression changes it little."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(buffer, "jpeg", quality=95)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(
+        buffer, "jpeg", quality=95
+    )
     return buffer.getvalue()
 
 
@@ -33,7 +38,13 @@ def make_source(folder, members=6):
         for member in range(members):
             for c in reversed(range(classes)):
                 name = f"{split}{c}_{member}.jpg"
-                size, mode = ((120, 90), "RGB") if member == 1 else ((84, 84), "L") if member == 2 else ((84, 84), "RGB")
+                size, mode = (
+                    ((120, 90), "RGB")
+                    if member == 1
+                    else ((84, 84), "L")
+                    if member == 2
+                    else ((84, 84), "RGB")
+                )
                 (folder / "images" / name).write_bytes(jpeg(seed, size, mode))
                 rows[split].append((name, f"{split}{c}"))
                 seed += 1
@@ -62,13 +73,19 @@ def test_arrays_hold_the_images_class_by_class(source, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == ARRAYS
     names = json.loads((tmp_path / "out/classes.json").read_text())
     for split, classes in COUNTS.items():
-        images, labels = (np.load(tmp_path / f"out/{split}{part}.npy", allow_pickle=False) for part in ("", "_labels"))
+        images, labels = (
+            np.load(tmp_path / f"out/{split}{part}.npy", allow_pickle=False) for part in ("", "_labels")
+        )
         assert images.shape == (6 * classes, 84, 84, 3) and images.dtype == np.uint8
         assert labels.tolist() == [i for i in range(classes) for _ in range(6)]
         assert names[split] == [f"{split}{c}" for c in reversed(range(classes))]  # order of first appearance
         for i, name in enumerate(names[split]):
             for member in range(6):
-                image = Image.open(source / f"images/{name}_{member}.jpg").convert("RGB").resize((84, 84), Image.Resampling.BILINEAR)
+                image = (
+                    Image.open(source / f"images/{name}_{member}.jpg")
+                    .convert("RGB")
+                    .resize((84, 84), Image.Resampling.BILINEAR)
+                )
                 assert (images[6 * i + member] == np.asarray(image)).all()
 
 
@@ -118,8 +135,10 @@ def test_every_problem_is_named_with_its_count_and_nothing_is_written(source, tm
     write_csv(source, "test", rows[:-1] + rows[:1])
     result = prepare(source, tmp_path / "out")
     fails(
-        result, "train.csv: 2 of 24 images missing", "train3_5.jpg", "val.csv: 2 of 18 images are not readable", "val1_0.jpg",
-        "images.zip: damaged", "1 images stand more than once", "test0_0.jpg", "2 of 9 classes do not have 6 images", "test.csv: test0 has 7",
+        result, "train.csv: 2 of 24 images missing", "train3_5.jpg",
+        "val.csv: 2 of 18 images are not readable", "val1_0.jpg",
+        "images.zip: damaged", "1 images stand more than once", "test0_0.jpg",
+        "2 of 9 classes do not have 6 images", "test.csv: test0 has 7",
     )  # fmt: skip
     assert not (tmp_path / "out").exists()
 
@@ -130,7 +149,12 @@ def test_bad_csvs(source, tmp_path):
     write_csv(source, "val", [])
     (source / "test.csv").unlink()
     result = prepare(source, tmp_path / "out")
-    fails(result, "train.csv: header 'a.jpg,a' found, 'filename,label' expected", "val.csv: no images", "test.csv: not found")
+    fails(
+        result,
+        "train.csv: header 'a.jpg,a' found, 'filename,label' expected",
+        "val.csv: no images",
+        "test.csv: not found",
+    )
     assert not (tmp_path / "out").exists()
     fails(prepare(tmp_path / "nowhere", tmp_path / "out"), "--source", "nowhere")
 
@@ -141,7 +165,9 @@ def test_a_class_in_two_csvs(source, tmp_path):
     fails(prepare(source, tmp_path / "out"), "3 classes stand in more than one CSV", "train0")
 
 
-@pytest.mark.parametrize("content", [b"filename,label\n\xff\xfe,a\n", b"filename,label\na.jpg\n", b"filename,label\n,a\n"])
+@pytest.mark.parametrize(
+    "content", [b"filename,label\n\xff\xfe,a\n", b"filename,label\na.jpg\n", b"filename,label\n,a\n"]
+)
 def test_damaged_csv_lines(source, content):
     module = load("data/imgnet", "prepare")
     (source / "val.csv").write_bytes(content)
@@ -155,7 +181,11 @@ def test_only_mini_imagenet_is_held_to_its_counts():
     def rows(members, name="n{:08d}"):
         first = {"train": 0, "val": 64, "test": 80}
         return {
-            split: [(f"{split}{c}_{m}.jpg", name.format(first[split] + c)) for c in range(count) for m in range(members)]
+            split: [
+                (f"{split}{c}_{m}.jpg", name.format(first[split] + c))
+                for c in range(count)
+                for m in range(members)
+            ]
             for split, count in module.CLASSES.items()
         }
 
@@ -215,17 +245,28 @@ LAYOUTS = {
     "another suffix": lambda source: rename(source, lambda path: path.stem + ".JPEG"),
     "a prefix in the CSV": lambda source: rename_rows(source, "images/{}".format),
     "a link to a folder": linked,
-    "NFD files": lambda source: (rename(source, lambda path: "a\u0308" + path.name), rename_rows(source, "\u00e4{}".format)),
-    "NFC files": lambda source: (rename(source, lambda path: "\u00e4" + path.name), rename_rows(source, "a\u0308{}".format)),
+    "NFD files": lambda source: (
+        rename(source, lambda path: "a\u0308" + path.name), rename_rows(source, "\u00e4{}".format),
+    ),
+    "NFC files": lambda source: (
+        rename(source, lambda path: "\u00e4" + path.name), rename_rows(source, "a\u0308{}".format),
+    ),
     "a zip of another folder": lambda source: pack(source, "mini.zip", lambda path: f"mini/{path.name}"),
     "a zip in capitals": lambda source: pack(source, "IMAGES.ZIP", lambda path: path.name),
-    "two copies": lambda source: (pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True), pack(source, "b.zip", lambda path: path.name)),
-    "masks in the zip": lambda source: (
-        pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True), pack(source, "a.zip", lambda path: f"mask_images/{path.name}", content=b"mask"),
+    "two copies": lambda source: (
+        pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True),
+        pack(source, "b.zip", lambda path: path.name),
     ),
-    "masks in a zip beside": lambda source: pack(source, "masks.zip", lambda path: f"masks/{path.name}", True, b"mask"),
+    "masks in the zip": lambda source: (
+        pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True), pack(source, "a.zip",
+        lambda path: f"mask_images/{path.name}", content=b"mask"),
+    ),
+    "masks in a zip beside": lambda source: pack(
+        source, "masks.zip", lambda path: f"masks/{path.name}", True, b"mask"
+    ),
     "images in another word": lambda source: (
-        rename_rows(source, "train_images/{}".format), pack(source, "a.zip", lambda path: f"train_images/{path.name}"),
+        rename_rows(source, "train_images/{}".format), pack(source, "a.zip",
+        lambda path: f"train_images/{path.name}"),
     ),
 }  # fmt: skip
 
@@ -242,13 +283,20 @@ def test_a_name_of_two_different_files(source, tmp_path):
     pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True)
     pack(source, "b.zip", lambda path: f"images/{path.name}", content=jpeg(99))
     result = prepare(source, tmp_path / "out")
-    fails(result, "train.csv: 24 of 24 names stand for different files", "a.zip: images/train3_0.jpg and ", "b.zip: images/train3_0.jpg")
+    fails(
+        result,
+        "train.csv: 24 of 24 names stand for different files",
+        "a.zip: images/train3_0.jpg and ",
+        "b.zip: images/train3_0.jpg",
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_mask_does_not_stand_in_for_a_missing_picture(source, tmp_path):
     for place in ("a.zip", "b.zip"):
-        pack(source, place, lambda path: f"{'images' if place == 'a.zip' else 'masks'}/{path.name}", keep=True)
+        pack(
+            source, place, lambda path: f"{'images' if place == 'a.zip' else 'masks'}/{path.name}", keep=True
+        )
     (source / "images/masks").mkdir()
     (source / "images/train3_0.jpg").rename(source / "images/masks/train3_0.jpg")
     (source / "a.zip").unlink()
@@ -259,7 +307,12 @@ def test_a_name_of_two_pictures_in_subfolders(source, tmp_path):
     (source / "images/b").mkdir()
     (source / "images/b/train3_0.jpg").write_bytes(jpeg(99))
     rename(source, lambda path: f"a/{path.name}" if path.suffix else path.name)
-    fails(prepare(source, tmp_path / "out"), "1 of 24 names stand for different files", "images/a/train3_0.jpg and ", "images/b/train3_0.jpg")
+    fails(
+        prepare(source, tmp_path / "out"),
+        "1 of 24 names stand for different files",
+        "images/a/train3_0.jpg and ",
+        "images/b/train3_0.jpg",
+    )
 
 
 def test_the_same_picture_in_two_splits(source, tmp_path):
@@ -289,7 +342,10 @@ def test_arrays_stay_while_their_source_is_the_same(source, right, tmp_path):
     fails(again("fail"), "--source: other images found than those that", tmp_path / "out")
     assert when() == before
     assert again("again").returncode == 0 and when() != before
-    assert prepare(source, tmp_path / "out").returncode == 0 and "source_crc32" not in (tmp_path / "out/classes.json").read_text()
+    assert (
+        prepare(source, tmp_path / "out").returncode == 0
+        and "source_crc32" not in (tmp_path / "out/classes.json").read_text()
+    )
 
 
 def test_a_file_of_two_names(source, tmp_path):
@@ -303,7 +359,8 @@ def test_what_was_found_is_said(source, tmp_path):
     (source / "images").rename(source / "processed_images")
     (source / "images.tar.gz").write_bytes(b"anything")
     fails(
-        prepare(source, tmp_path / "out"), "24 of 24 images missing", "no file found", "not read: images.tar.gz, processed_images/",
+        prepare(source, tmp_path / "out"), "24 of 24 images missing", "no file found",
+        "not read: images.tar.gz, processed_images/",
         "a folder images/ or a .zip expected",
     )  # fmt: skip
     (source / "processed_images").rename(source / "images")
@@ -330,7 +387,9 @@ def with_alpha(colour, alpha, mode):
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_a_drawing_in_the_alpha_channel_is_ink_on_white(tmp_path, mode):
     assert (decoded(tmp_path, with_alpha(0, RAMP, mode)) == 255 - RAMP[..., None]).all()
-    assert (decoded(tmp_path, with_alpha(255, RAMP, mode)) == RAMP[..., None]).all()  # white on white would be nothing
+    assert (
+        decoded(tmp_path, with_alpha(255, RAMP, mode)) == RAMP[..., None]
+    ).all()  # white on white would be nothing
     opaque = with_alpha(90, np.full((84, 84), 255, np.uint8), mode)
     assert (decoded(tmp_path, opaque) == 90).all()
 
@@ -347,11 +406,15 @@ def test_a_transparent_colour_is_white(tmp_path, mode):
     assert (image[RAMP <= 99] == 255).all() and (image[RAMP > 99] == (0 if mode == "P" else 80)).all()
 
 
-@pytest.mark.parametrize("suffix, dtype", [("png", np.uint16), ("tif", np.uint16), ("tif", ">u2"), ("tif", np.int32)])
+@pytest.mark.parametrize(
+    "suffix, dtype", [("png", np.uint16), ("tif", np.uint16), ("tif", ">u2"), ("tif", np.int32)]
+)
 def test_sixteen_bits_of_grey_are_scaled(tmp_path, suffix, dtype):
     image = decoded(tmp_path, Image.fromarray((RAMP.astype(np.uint16) * 257).astype(dtype)), suffix)
     assert (image == RAMP[..., None]).all()
-    assert decoded(tmp_path, Image.fromarray(np.full((84, 84), 200, dtype)), suffix).max() == 1  # by mode, not by content
+    assert (
+        decoded(tmp_path, Image.fromarray(np.full((84, 84), 200, dtype)), suffix).max() == 1
+    )  # by mode, not by content
 
 
 def test_floats_are_scaled_or_refused(tmp_path):
@@ -360,7 +423,9 @@ def test_floats_are_scaled_or_refused(tmp_path):
         values = np.full((84, 84), 0.5, np.float32)
         values[3, 4] = value
         assert "0 to 1 expected" in decoded(tmp_path, Image.fromarray(values), "tif")
-    assert "0 to 65535 expected" in decoded(tmp_path, Image.fromarray(np.full((84, 84), 70000, np.int32)), "tif")
+    assert "0 to 65535 expected" in decoded(
+        tmp_path, Image.fromarray(np.full((84, 84), 70000, np.int32)), "tif"
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,4 +1,7 @@
-"""Mini-ImageNet's experiment: its loss against the equations, that it learns, and how it draws from the features."""
+"""Mini-ImageNet's experiment.
+
+Its loss against the equations, that it learns, and how it draws from the features.
+"""
 
 import copy
 
@@ -21,10 +24,15 @@ def one_thread():
 
 
 def clusters(seed, classes, per_class, width=32, noise=1.0, rank=6):
-    """Features like a ReLU encoder's, (classes, per_class, width): classes differ in a few directions, the same in every split."""
+    """Features like a ReLU encoder's, (classes, per_class, width).
+
+    Classes differ in a few directions, the same in every split.
+    """
     g = torch.Generator().manual_seed(seed)
     directions = torch.randn(rank, width, generator=torch.Generator().manual_seed(99)) / 2
-    centre = torch.randn(classes, 1, rank, generator=g) + 0.2 * torch.randn(classes, per_class, rank, generator=g)
+    centre = torch.randn(classes, 1, rank, generator=g) + 0.2 * torch.randn(
+        classes, per_class, rank, generator=g
+    )
     return (centre @ directions + 1 + noise * torch.randn(classes, per_class, width, generator=g)).relu()
 
 
@@ -44,7 +52,10 @@ def plain_posterior(network, x):
 
 
 def plain_loss(network, x, noise, first, iters, fix_pi):
-    """Reconstruction and KL of one set: x (M, width), noise (M, S, D), first (K): the samples EM starts from."""
+    """Reconstruction and KL of one set: x (M, width), noise (M, S, D), first (K).
+
+    The samples EM starts from.
+    """
     mean, log_var = plain_posterior(network.set_network, x)
     z = mean.unsqueeze(1) + (0.5 * log_var).exp().unsqueeze(1) * noise
     samples = z.flatten(0, 1)
@@ -80,14 +91,22 @@ def test_loss_terms_and_gradients(iters, fix_pi):
 
 
 def test_networks_follow_the_method():
-    """Decoder 32 -> 512 -> 512 -> 256 and two attention blocks of width 256 at the defaults; no component count in the state."""
+    """Decoder 32 -> 512 -> 512 -> 256 and two attention blocks of width 256 at the defaults.
+
+    No component count in the state.
+    """
     network = model.GMVAE(256)
     shapes = [tuple(layer.weight.shape) for layer in network.decoder if hasattr(layer, "weight")]
     assert shapes == [(512, 32), (512, 512), (256, 512)]
     attention, decoder = 4 * (256 * 256 + 256), 32 * 512 + 512 + 512 * 512 + 512 + 512 * 256 + 256
     assert sum(p.numel() for p in network.parameters()) == 2 * attention + 256 * 64 + 64 + decoder
     assert network.decode(torch.randn(7, 32)).min() == 0
-    assert network.sizes == {"feature_size": 256, "hidden_size": 512, "latent_size": 32, "set_attention": True}
+    assert network.sizes == {
+        "feature_size": 256,
+        "hidden_size": 512,
+        "latent_size": 32,
+        "set_attention": True,
+    }
 
 
 def test_bf16_stays_close_and_the_mixture_float32():
@@ -105,8 +124,10 @@ def test_published_defaults():
     args = vars(main.parse_args([]))
     published = dict(
         batch_size=16, sample_size=5, train_iters=15000, freq_iters=1000, latent_size=32, hidden_size=512,
-        train_mc_sample_size=256, test_mc_sample_size=256, way=5, shot=1, query=15, lr=1e-4, weight_decay=5e-2,
-        unsupervised_em_iters=10, semisupervised_em_iters=10, fix_pi=False, em_start="samples", eval_episodes=1000, test_shot=[1, 5, 20, 50], test_way=[5],
+        train_mc_sample_size=256, test_mc_sample_size=256, way=5, shot=1, query=15, lr=1e-4,
+        weight_decay=5e-2,
+        unsupervised_em_iters=10, semisupervised_em_iters=10, fix_pi=False, em_start="samples",
+        eval_episodes=1000, test_shot=[1, 5, 20, 50], test_way=[5],
         e_step="unit", kl_warmup_iters=0, kl_weight=1.0, lr_schedule="constant", ema_decay=0.0,
     )  # fmt: skip
     assert {name: args[name] for name in published} == published
@@ -121,8 +142,10 @@ def test_nan_is_no_accuracy():
 
 
 def test_it_learns():
-    """From chance to far above it on classes never seen, at ways never trained, in a few hundred cheap steps without labels."""
-    flags = "--lr 1e-3 --train-mc-sample-size 4 --test-mc-sample-size 8 --eval-episodes 100 --kl-warmup-iters 200"
+    """From chance to far above it on new classes, at ways never trained, in a few hundred steps."""
+    flags = (
+        "--lr 1e-3 --train-mc-sample-size 4 --test-mc-sample-size 8 --eval-episodes 100 --kl-warmup-iters 200"
+    )
     args = main.parse_args(flags.split())
     train, val = (clusters(seed, classes, 40, width=64, noise=1.5) for seed, classes in ((0, 60), (1, 20)))
     torch.manual_seed(0)
@@ -136,7 +159,14 @@ def test_it_learns():
     assert accuracy(5, 1) < 35
     network.train()
     for step in range(1, 301):
-        main.train_step(network, optimizer, dataloader.draw_sets(train.flatten(0, 1), 16, 5, generator), step, args, generator)
+        main.train_step(
+            network,
+            optimizer,
+            dataloader.draw_sets(train.flatten(0, 1), 16, 5, generator),
+            step,
+            args,
+            generator,
+        )
     assert accuracy(5, 1) > 75 and accuracy(5, 5) > 80
     assert accuracy(20, 1) > 40 and accuracy(2, 1) > 85
 
@@ -159,9 +189,16 @@ def save(folder, split, features, labels):
 
 @pytest.mark.parametrize("said", [5, 10, 600])
 def test_labels_beside_the_features_decide_the_classes(tmp_path, said):
-    """Shuffled, or images before classes: a class's images come together in their order, whatever the flag says."""
+    """Shuffled, or images before classes.
+
+    A class's images come together in their order, whatever the flag says.
+    """
     features = np.arange(120).reshape(30, 4)
-    for order in (np.random.default_rng(0).permutation(30), np.arange(30).reshape(6, 5).T.flatten(), np.arange(30)[::-1]):
+    for order in (
+        np.random.default_rng(0).permutation(30),
+        np.arange(30).reshape(6, 5).T.flatten(),
+        np.arange(30)[::-1],
+    ):
         save(tmp_path, "val", features[order], (order // 5).astype(np.uint8))
         images = dataloader.load_split(tmp_path, "val", said)
         assert images.shape == (6, 5, 4)
@@ -190,7 +227,9 @@ def test_labels_that_cannot_be_used(tmp_path, labels, words):
     save(tmp_path, "val", np.ones((20, 4)), labels)
     with pytest.raises(dataloader.UserError) as caught:
         dataloader.load_split(tmp_path, "val", 5)
-    assert "val_labels.npy" in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        "val_labels.npy" in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+    )
 
 
 def test_damaged_labels(tmp_path):
@@ -204,7 +243,9 @@ def test_training_never_reads_labels(tmp_path):
     features = np.arange(92, dtype=np.float32).reshape(23, 4)
     save(tmp_path, "train", features, ["any", "text"])
     for said in (5, 23):
-        assert dataloader.load_split(tmp_path, "train", said).flatten(0, 1).numpy().tolist() == features.tolist()
+        assert (
+            dataloader.load_split(tmp_path, "train", said).flatten(0, 1).numpy().tolist() == features.tolist()
+        )
 
 
 def test_draw_sets_has_no_image_twice():

@@ -1,4 +1,7 @@
-"""Mini-ImageNet's program as a user runs it: runs, interruptions, tests of a checkpoint, and every mistake."""
+"""Mini-ImageNet's program as a user runs it.
+
+Runs, interruptions, tests of a checkpoint, and every mistake.
+"""
 
 import json
 import os
@@ -22,8 +25,10 @@ main, model, dataloader = (load("mimgnet", name) for name in ("main", "model", "
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tensors this small lose more to a second thread than they gain
 # Enough steps to be killed in, and every part that a resumed run must bring back.
 TINY = (
-    "--images-per-class 20 --device cpu --precision fp32 --hidden-size 16 --latent-size 4 --batch-size 4 --train-iters 400 --freq-iters 100 "
-    "--train-mc-sample-size 4 --test-mc-sample-size 4 --eval-episodes 20 --query 4 --test-shot 1 5 --ema-decay 0.99 --kl-warmup-iters 200 "
+    "--images-per-class 20 --device cpu --precision fp32 --hidden-size 16 --latent-size 4 --batch-size 4 "
+    "--train-iters 400 --freq-iters 100 "
+    "--train-mc-sample-size 4 --test-mc-sample-size 4 --eval-episodes 20 --query 4 --test-shot 1 5 "
+    "--ema-decay 0.99 --kl-warmup-iters 200 "
     "--lr 1e-3 --lr-schedule cosine"
 ).split()
 
@@ -42,7 +47,10 @@ def run(folder, *args):
 
 def save_features(folder, width=32, per_class=20):
     for seed, (split, classes) in enumerate((("train", 12), ("val", 6), ("test", 22))):
-        np.save(folder / f"{split}_features.npy", clusters(seed, classes, per_class, width, noise=0.3).flatten(0, 1).numpy())
+        np.save(
+            folder / f"{split}_features.npy",
+            clusters(seed, classes, per_class, width, noise=0.3).flatten(0, 1).numpy(),
+        )
     return folder
 
 
@@ -53,8 +61,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """The folder of a run that was never interrupted, made by a copy of the experiment's folder on its own."""
-    alone = shutil.copytree(ROOT / "mimgnet", tmp_path_factory.mktemp("copy") / "mimgnet", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    """The folder of a run that was never interrupted, made by a copy of the experiment's folder alone."""
+    alone = shutil.copytree(
+        ROOT / "mimgnet",
+        tmp_path_factory.mktemp("copy") / "mimgnet",
+        ignore=shutil.ignore_patterns("runs", "__pycache__"),
+    )
     folder = tmp_path_factory.mktemp("runs") / "finished"
     result = run(alone, "--data-dir", data, "--save-dir", folder, *TINY)
     assert result.returncode == 0, result.stderr
@@ -83,9 +95,18 @@ def test_outputs(finished):
     assert names == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "test.json", "tb_log"}
     assert [line["step"] for line in metrics(finished)] == [100, 200, 300, 400]
     table = json.loads((finished / "test.json").read_text())
-    assert table.keys() == {"5way1shot", "5way5shot"} and table["5way1shot"].keys() == {"accuracy", "ci95", "episodes", "accuracies"}
+    assert table.keys() == {"5way1shot", "5way5shot"} and table["5way1shot"].keys() == {
+        "accuracy",
+        "ci95",
+        "episodes",
+        "accuracies",
+    }
     config = json.loads((finished / "config.json").read_text())
-    assert config["args"]["ema_decay"] == 0.99 and config["precision"] == "fp32" and config["versions"]["torch"] == torch.__version__
+    assert (
+        config["args"]["ema_decay"] == 0.99
+        and config["precision"] == "fp32"
+        and config["versions"]["torch"] == torch.__version__
+    )
     best = torch.load(finished / "best.pt", weights_only=True)
     assert best["sizes"] == {"feature_size": 32, "hidden_size": 16, "latent_size": 4, "set_attention": True}
     scores = [line["5way1shot"]["accuracy"] for line in metrics(finished)]
@@ -99,7 +120,9 @@ def test_validation_is_of_the_averaged_weights_and_repeatable(data, finished):
     for weights in (last["average"], last["model"]):
         network = model.GMVAE(**last["sizes"])
         network.load_state_dict(weights)
-        scores.append(main.summary(main.evaluate_split(network, val, [5], [1], main.VALIDATION_SEED, args)["5way1shot"]))
+        scores.append(
+            main.summary(main.evaluate_split(network, val, [5], [1], main.VALIDATION_SEED, args)["5way1shot"])
+        )
     assert scores[0] == metrics(finished)[-1]["5way1shot"] != scores[1]
 
 
@@ -107,7 +130,13 @@ def start_and_stop(data, folder, how, *flags):
     """Starts a run, sends the signal `how` once its metrics have changed, and returns its exit status."""
     seen = (folder / "metrics.jsonl").read_text() if folder.exists() else None
     command = [sys.executable, "main.py", "--data-dir", str(data), "--save-dir", str(folder), *TINY, *flags]
-    process = subprocess.Popen(command, cwd=ROOT / "mimgnet", env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT / "mimgnet",
+        env=os.environ | ONE_THREAD,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         while process.poll() is None:
             if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text() != seen:
@@ -133,11 +162,33 @@ def test_stopped_killed_and_resumed_is_the_same_run(data, finished, tmp_path):
 
 
 def test_eval_only_of_the_run_and_of_a_checkpoint_at_another_way(data, finished, tmp_path):
-    result = run("mimgnet", "--data-dir", data, "--save-dir", tmp_path / "again", *TINY, "--eval-only", "--checkpoint", finished)
+    result = run(
+        "mimgnet",
+        "--data-dir",
+        data,
+        "--save-dir",
+        tmp_path / "again",
+        *TINY,
+        "--eval-only",
+        "--checkpoint",
+        finished,
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "again" / "test.json").read_text() == (finished / "test.json").read_text()
 
-    flags = ["--eval-only", "--checkpoint", finished / "best.pt", "--test-way", "5", "20", "--e-step", "learned", "--test-shot", "1", "16"]
+    flags = [
+        "--eval-only",
+        "--checkpoint",
+        finished / "best.pt",
+        "--test-way",
+        "5",
+        "20",
+        "--e-step",
+        "learned",
+        "--test-shot",
+        "1",
+        "16",
+    ]
     os.remove(save_features(tmp_path) / "train_features.npy")  # a test needs only the test split
     result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / "test", *TINY, *flags)
     assert result.returncode == 0, result.stderr
@@ -147,23 +198,59 @@ def test_eval_only_of_the_run_and_of_a_checkpoint_at_another_way(data, finished,
 
 
 def test_what_simclr_says_of_the_features(data, tmp_path, refused):
-    """features.json gives the images of a class, each split its own, and stays in the run's config; damaged or denied, it is an error."""
+    """features.json gives the images of a class, each split its own, and stays in the run's config.
+
+    Damaged or denied, it is an error.
+    """
     folder = shutil.copytree(data, tmp_path / "features")
     np.save(folder / "test_features.npy", np.load(data / "test_features.npy")[: 10 * 40])
-    description = {"train_epochs": 9, "encoder_crc32": 5, "images_per_class": {"train": 20, "val": 20, "test": 40}}
+    description = {
+        "train_epochs": 9,
+        "encoder_crc32": 5,
+        "images_per_class": {"train": 20, "val": 20, "test": 40},
+    }
     (folder / "features.json").write_text(json.dumps(description))
     assert TINY[:2] == ["--images-per-class", "20"]
     flags = TINY[2:]
-    result = run("mimgnet", "--data-dir", folder, "--save-dir", tmp_path / "run", *flags, "--train-iters", 2, "--test-shot", 30)
+    result = run(
+        "mimgnet",
+        "--data-dir",
+        folder,
+        "--save-dir",
+        tmp_path / "run",
+        *flags,
+        "--train-iters",
+        2,
+        "--test-shot",
+        30,
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["features"] == description
     start = ["--data-dir", folder, "--save-dir", tmp_path / "new", *flags]
     (folder / "features.json").write_text(json.dumps(description | {"train_epochs": 400}))
-    refused(*start, "--eval-only", "--checkpoint", tmp_path / "run", words=["features.json", "400 epochs of SimCLR", "9 expected"])
+    refused(
+        *start,
+        "--eval-only",
+        "--checkpoint",
+        tmp_path / "run",
+        words=["features.json", "400 epochs of SimCLR", "9 expected"],
+    )
     (folder / "features.json").write_text(json.dumps(description | {"encoder_crc32": 6}))
-    refused(*start, "--eval-only", "--checkpoint", tmp_path / "run", words=["features.json", "6 as the encoder's checksum", "5 expected"])
+    refused(
+        *start,
+        "--eval-only",
+        "--checkpoint",
+        tmp_path / "run",
+        words=["features.json", "6 as the encoder's checksum", "5 expected"],
+    )
     refused(*start, "--images-per-class", 20, words=["--images-per-class: 20 found, 40 expected"])
-    for text in ("{", "{}", '{"images_per_class": {"train": 0}}', '{"images_per_class": 600}', '{"images_per_class": {}, "crc32": 5}'):
+    for text in (
+        "{",
+        "{}",
+        '{"images_per_class": {"train": 0}}',
+        '{"images_per_class": 600}',
+        '{"images_per_class": {}, "crc32": 5}',
+    ):
         (folder / "features.json").write_text(text)
         refused(*start, words=["features.json: not readable"])
     assert not (tmp_path / "new").exists()
@@ -171,14 +258,22 @@ def test_what_simclr_says_of_the_features(data, tmp_path, refused):
 
 def test_features_that_features_json_does_not_describe(data, tmp_path, refused):
     folder = shutil.copytree(data, tmp_path / "features")
-    sums = {split: zlib.crc32(np.load(folder / f"{split}_features.npy")) for split in ("train", "val", "test")}
+    sums = {
+        split: zlib.crc32(np.load(folder / f"{split}_features.npy")) for split in ("train", "val", "test")
+    }
     counts = {"train": 20, "val": 20, "test": 20}
-    (folder / "features.json").write_text(json.dumps({"train_epochs": 9, "images_per_class": counts, "crc32": sums}))
+    (folder / "features.json").write_text(
+        json.dumps({"train_epochs": 9, "images_per_class": counts, "crc32": sums})
+    )
     assert dataloader.load_split(folder, "val", 20, sums["val"]).shape == (6, 20, 32)
     for split in sums:
         kept = np.load(folder / f"{split}_features.npy")
         np.save(folder / f"{split}_features.npy", kept * np.float32(0.5))
-        words = [f"{split}_features.npy", "checksum", f"{sums[split]} expected, as features.json beside it says"]
+        words = [
+            f"{split}_features.npy",
+            "checksum",
+            f"{sums[split]} expected, as features.json beside it says",
+        ]
         refused("--data-dir", folder, "--save-dir", tmp_path / "run", *TINY, words=words)
         np.save(folder / f"{split}_features.npy", kept)
     assert not (tmp_path / "run").exists()
@@ -191,13 +286,24 @@ def test_training_features_need_no_classes(data, tmp_path):
     result = run("mimgnet", "--data-dir", folder, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 2)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["train"]["shape"] == [1, 239, 32]
-    with pytest.raises(dataloader.UserError, match="239 images, expected a multiple of --images-per-class 20"):
+    with pytest.raises(
+        dataloader.UserError, match="239 images, expected a multiple of --images-per-class 20"
+    ):
         np.save(folder / "val_features.npy", np.load(folder / "train_features.npy"))
         dataloader.load_split(folder, "val", 20)
 
 
 def test_any_width(tmp_path):
-    result = run("mimgnet", "--data-dir", save_features(tmp_path, width=31), "--save-dir", tmp_path / "run", *TINY, "--train-iters", 2)
+    result = run(
+        "mimgnet",
+        "--data-dir",
+        save_features(tmp_path, width=31),
+        "--save-dir",
+        tmp_path / "run",
+        *TINY,
+        "--train-iters",
+        2,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -206,7 +312,10 @@ def test_any_width(tmp_path):
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Calls the program in this process: a subprocess a mistake would cost seconds each, and any other exception fails the test."""
+    """Calls the program in this process.
+
+    A subprocess a mistake would cost seconds each, and any other exception fails the test.
+    """
 
     def call(*args, words):
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, args)])
@@ -241,7 +350,10 @@ BAD_FILES = {
     "infinite": (with_value(-np.inf), "1 images with NaN"),
     "negative": (with_value(-1.0), "down to -1.0 found, none below zero"),
     "beyond float32": (with_value(1e200), "1 images with NaN"),
-    "too few for a step": (lambda a: a[:0:-1][:20], "20 images found, at least --batch-size x --sample-size = 40 expected"),
+    "too few for a step": (
+        lambda a: a[:0:-1][:20],
+        "20 images found, at least --batch-size x --sample-size = 40 expected",
+    ),
 }
 
 
@@ -251,7 +363,16 @@ def test_bad_features(case, data, tmp_path, refused):
     for split in ("val", "test"):
         shutil.copy(data / f"{split}_features.npy", tmp_path)
     np.save(tmp_path / "train_features.npy", change(np.load(data / "train_features.npy")), allow_pickle=True)
-    refused("--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY, "--batch-size", 8, words=["train_features.npy", words])
+    refused(
+        "--data-dir",
+        tmp_path,
+        "--save-dir",
+        tmp_path / "run",
+        *TINY,
+        "--batch-size",
+        8,
+        words=["train_features.npy", words],
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -266,7 +387,9 @@ def test_unreadable_features(damage, data, tmp_path, refused):
         with path.open("wb") as file:
             np.savez(file, features=np.zeros((40, 32)))
     else:
-        path.write_bytes({"text": b"no,array\n1,2\n", "cut": path.read_bytes()[:-100], "no header": b""}[damage])
+        path.write_bytes(
+            {"text": b"no,array\n1,2\n", "cut": path.read_bytes()[:-100], "no header": b""}[damage]
+        )
     refused("--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY, words=["val_features.npy"])
     assert not (tmp_path / "run").exists()
 
@@ -297,7 +420,9 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flags(flags, data, tmp_path, refused):
-    refused("--data-dir", data, "--save-dir", tmp_path / "run", *TINY, *flags.split(), words=[BAD_FLAGS[flags]])
+    refused(
+        "--data-dir", data, "--save-dir", tmp_path / "run", *TINY, *flags.split(), words=[BAD_FLAGS[flags]]
+    )
 
 
 def test_foreign_and_damaged_checkpoints(data, tmp_path, refused):
@@ -306,14 +431,30 @@ def test_foreign_and_damaged_checkpoints(data, tmp_path, refused):
     wide = model.GMVAE(36, 16, 4)
     for content, words in (
         ({"model": other.state_dict(), "sizes": other.sizes}, "some.pt: not a checkpoint of this experiment"),
-        ({"model": wide.state_dict(), "sizes": wide.sizes}, "test_features.npy: 32 features an image, expected 36 as in"),
-        ({"model": wide.state_dict(), "sizes": {**wide.sizes, "latent_size": 5}}, "some.pt: not a checkpoint of this experiment"),
+        (
+            {"model": wide.state_dict(), "sizes": wide.sizes},
+            "test_features.npy: 32 features an image, expected 36 as in",
+        ),
+        (
+            {"model": wide.state_dict(), "sizes": {**wide.sizes, "latent_size": 5}},
+            "some.pt: not a checkpoint of this experiment",
+        ),
         ([1, 2], "some.pt: not a checkpoint"),
         (torch.zeros(3), "some.pt: not a checkpoint"),
         (None, "some.pt: not a readable checkpoint"),
     ):
         path.write_bytes(b"damaged") if content is None else torch.save(content, path)
-        refused("--data-dir", data, "--save-dir", tmp_path / "run", *TINY, "--eval-only", "--checkpoint", path, words=[words])
+        refused(
+            "--data-dir",
+            data,
+            "--save-dir",
+            tmp_path / "run",
+            *TINY,
+            "--eval-only",
+            "--checkpoint",
+            path,
+            words=[words],
+        )
     assert not (tmp_path / "run" / "test.json").exists()
 
 
@@ -327,7 +468,13 @@ def test_a_folder_with_another_run_is_kept(data, finished, tmp_path, refused):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     other = tmp_path / "wider"
     other.mkdir()
-    refused("--data-dir", save_features(other, width=36), *start[2:], "--resume", words=["--data-dir", "[12, 20, 36]", "[12, 20, 32]"])
+    refused(
+        "--data-dir",
+        save_features(other, width=36),
+        *start[2:],
+        "--resume",
+        words=["--data-dir", "[12, 20, 36]", "[12, 20, 32]"],
+    )
     np.save(other / "train_features.npy", np.load(data / "train_features.npy") + 1)
     for split in ("val", "test"):
         shutil.copy(data / f"{split}_features.npy", other)
@@ -337,8 +484,18 @@ def test_a_folder_with_another_run_is_kept(data, finished, tmp_path, refused):
 def test_the_program_itself_says_it_in_one_line(data, tmp_path):
     """As the user sees it: a loss that overflows after the run has begun, and a mistake before."""
     for split in ("train", "val", "test"):
-        np.save(tmp_path / f"{split}_features.npy", np.load(data / f"{split}_features.npy") * np.float32(1e25))
+        np.save(
+            tmp_path / f"{split}_features.npy", np.load(data / f"{split}_features.npy") * np.float32(1e25)
+        )
     result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY)
-    fails(result, "main.py: error: step 1: the loss is not finite", "reconstruction", "kl", "features up to ", "e+25 found", "divide")
+    fails(
+        result,
+        "main.py: error: step 1: the loss is not finite",
+        "reconstruction",
+        "kl",
+        "features up to ",
+        "e+25 found",
+        "divide",
+    )
     result = run("mimgnet", "--data-dir", tmp_path / "nowhere", "--save-dir", tmp_path / "new", *TINY)
     fails(result, "main.py: error: ", "train_features.npy: not found")

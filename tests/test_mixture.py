@@ -42,7 +42,9 @@ def test_m_step():
 @pytest.mark.parametrize("iters", [0, 1, 10])
 def test_fit_prior(iters, fix_pi, start):
     z = random_mixture(2)[0]
-    pi, mu = mixture.fit_prior(z.unflatten(1, (8, 5)), 4, iters, fix_pi, torch.Generator().manual_seed(7), start)
+    pi, mu = mixture.fit_prior(
+        z.unflatten(1, (8, 5)), 4, iters, fix_pi, torch.Generator().manual_seed(7), start
+    )
     first = plain.starting_samples(torch.rand(3, 8, 5, generator=torch.Generator().manual_seed(7)), 4, start)
     for b in range(len(z)):
         assert len(z[b, first[b]].unique(dim=0)) == 4
@@ -52,7 +54,10 @@ def test_fit_prior(iters, fix_pi, start):
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), M=st.integers(1, 9), S=st.integers(1, 5), data=st.data())
 def test_em_starts_at_distinct_samples_or_images(seed, M, S, data):
-    """K distinct samples; from "images", of as many images as there are: none twice before each has been taken once."""
+    """K distinct samples; from "images", of as many images as there are.
+
+    None twice before each has been taken once.
+    """
     K = data.draw(st.integers(1, M * S))
     z = torch.arange(2 * M * S, dtype=torch.float64).view(2, M, S, 1)
     for start in ("samples", "images"):
@@ -84,13 +89,19 @@ def test_log_prior():
 def test_adapt_and_classify(iters, reading):
     g = torch.Generator().manual_seed(4)
     B, K, shot, Q, S, D = 2, 3, 2, 5, 4, 6
-    support = torch.randn(B, K, shot, S, D, generator=g, dtype=torch.float64) + torch.arange(K).view(1, K, 1, 1, 1)
+    support = torch.randn(B, K, shot, S, D, generator=g, dtype=torch.float64) + torch.arange(K).view(
+        1, K, 1, 1, 1
+    )
     query = torch.randn(B, Q, S, D, generator=g, dtype=torch.float64) + 1
     mu, var = mixture.adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
     probabilities = mixture.classify(support, query, iters, reading)
     for b in range(B):
-        torch.testing.assert_close((mu[b], var[b]), plain.adapt(support[b].flatten(1, 2), query[b].flatten(0, 1), iters, reading))
-        torch.testing.assert_close(probabilities[b], plain.classify(support[b].flatten(1, 2), query[b], iters, reading))
+        torch.testing.assert_close(
+            (mu[b], var[b]), plain.adapt(support[b].flatten(1, 2), query[b].flatten(0, 1), iters, reading)
+        )
+        torch.testing.assert_close(
+            probabilities[b], plain.classify(support[b].flatten(1, 2), query[b], iters, reading)
+        )
 
 
 def test_float32_stays_close_far_from_the_origin():
@@ -98,7 +109,11 @@ def test_float32_stays_close_far_from_the_origin():
     g = torch.Generator().manual_seed(5)
     offset = 300.0
     support = offset + torch.randn(1, 3, 1, 8, 4, generator=g) * 0.1 + 2 * torch.eye(3, 4).view(1, 3, 1, 1, 4)
-    query = offset + torch.randn(1, 9, 8, 4, generator=g) * 0.1 + 2 * torch.eye(3, 4).repeat_interleave(3, 0).view(1, 9, 1, 4)
+    query = (
+        offset
+        + torch.randn(1, 9, 8, 4, generator=g) * 0.1
+        + 2 * torch.eye(3, 4).repeat_interleave(3, 0).view(1, 9, 1, 4)
+    )
     probabilities = mixture.classify(support, query, 10)
     expected = plain.classify(support[0].flatten(1, 2).double(), query[0].double(), 10, "unit")
     torch.testing.assert_close(probabilities[0].double(), expected, atol=1e-3, rtol=0)
@@ -114,7 +129,13 @@ def test_sample_posterior():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**31), N=st.integers(6, 60), D=st.integers(1, 8), K=st.integers(1, 6), scale=st.sampled_from([0.01, 1.0, 5.0]))
+@given(
+    seed=st.integers(0, 2**31),
+    N=st.integers(6, 60),
+    D=st.integers(1, 8),
+    K=st.integers(1, 6),
+    scale=st.sampled_from([0.01, 1.0, 5.0]),
+)
 def test_likelihood_never_falls(seed, N, D, K, scale):
     g = torch.Generator().manual_seed(seed)
     z = scale * torch.randn(1, N, D, generator=g, dtype=torch.float64)

@@ -40,7 +40,10 @@ def test_nothing_in_the_state_depends_on_the_number_of_components():
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    """Draws in float64, and leaves the network's casts to float32 undone: they would cost the oracle its precision."""
+    """Draws in float64, and leaves the network's casts to float32 undone.
+
+    They would cost the oracle its precision.
+    """
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     torch.set_default_dtype(torch.float64)
     yield
@@ -56,7 +59,10 @@ def test_loss_terms_and_their_gradients(network, fix_pi, in_float64):
     x = torch.rand(B, M, 28, 28, 1)
     terms = ours(x, S, K, iters, fix_pi, torch.Generator().manual_seed(3))
     g = torch.Generator().manual_seed(3)  # the draws of forward again, in its order
-    noise, first = torch.randn(B, M, S, 6, generator=g), plain.starting_samples(torch.rand(B, M, S, generator=g), K)
+    noise, first = (
+        torch.randn(B, M, S, 6, generator=g),
+        plain.starting_samples(torch.rand(B, M, S, generator=g), K),
+    )
     expected = plain.loss_terms(oracle, x, noise, first, iters, fix_pi)
     torch.testing.assert_close(terms, expected)
     trained = [name for name, p in ours.named_parameters() if p.requires_grad]
@@ -74,7 +80,7 @@ def test_loss_terms_and_their_gradients(network, fix_pi, in_float64):
 @pytest.mark.parametrize("reading", ["unit", "learned", "k-means"])
 @pytest.mark.parametrize("shot", [1, 3])
 def test_predictions_against_the_equations(network, shot, reading):
-    """The cache of features and the batched EM of `evaluate` against whole episodes through the plain network."""
+    """The cache of features and the batched EM of `evaluate` against whole episodes, plainly."""
     ours, oracle = network.eval(), plain.ImageGMVAE(hidden_size=8, latent_size=6).eval()
     oracle.load_state_dict(ours.state_dict())
     images = torch.rand(6, 8, 28, 28, 1, generator=torch.Generator().manual_seed(1))
@@ -82,7 +88,9 @@ def test_predictions_against_the_equations(network, shot, reading):
     accuracy = evaluate.evaluate(ours, evaluate.encode_all(ours, images), episodes, shot, 5, 10, reading)
     noise = plain.episode_noise(evaluate.NOISE_POOL, 7, 4, shot, shot + 5, 5, 6)
     with torch.no_grad():
-        probabilities = plain.predict_episodes(oracle, images.flatten(0, 1)[episodes], shot, noise, 10, reading)
+        probabilities = plain.predict_episodes(
+            oracle, images.flatten(0, 1)[episodes], shot, noise, 10, reading
+        )
     right = probabilities.argmax(-1).view(7, 4, 5) == torch.arange(4).view(4, 1)
     torch.testing.assert_close(accuracy, 100 * right.float().mean((1, 2)))
     assert accuracy.unique().numel() > 1
@@ -105,13 +113,26 @@ def test_without_set_attention_every_image_is_alone(network):
 
 
 @pytest.mark.parametrize(
-    "channels, kernel, height, width", [(1, 4, 14, 14), (1, 4, 1, 3), (1, 4, 2, 1), (1, 4, 2, 2), (3, 4, 2, 2), (3, 4, 7, 7), (3, 4, 2, 3), (3, 3, 2, 2)]
+    "channels, kernel, height, width",
+    [
+        (1, 4, 14, 14),
+        (1, 4, 1, 3),
+        (1, 4, 2, 1),
+        (1, 4, 2, 2),
+        (3, 4, 2, 2),
+        (3, 4, 7, 7),
+        (3, 4, 2, 3),
+        (3, 3, 2, 2),
+    ],
 )
 def test_a_transposed_convolution(channels, kernel, height, width):
     """Written as matrix products to one channel and from 2x2 pixels, a library's elsewhere."""
     layer = layers.ConvTranspose(5, channels, kernel).double()
     x = torch.randn(3, 5, height, width, dtype=torch.float64, requires_grad=True)
-    found, expected = layer(x), torch.nn.functional.conv_transpose2d(x, layer.weight, layer.bias, stride=2, padding=1)
+    found, expected = (
+        layer(x),
+        torch.nn.functional.conv_transpose2d(x, layer.weight, layer.bias, stride=2, padding=1),
+    )
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(found)
     for a, b in zip(*(torch.autograd.grad(y, [x, *layer.parameters()], grad) for y in (found, expected))):
@@ -121,7 +142,9 @@ def test_a_transposed_convolution(channels, kernel, height, width):
 def test_a_bias_before_batch_norm_is_frozen_at_zero():
     """It changes nothing: a block with a bias of any size gives the same, and its gradient is zero."""
     block = torch.nn.Sequential(*model.up_block(3, 4)).double()
-    exact = torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, 4, 2, 1), torch.nn.BatchNorm2d(3), torch.nn.ReLU()).double()
+    exact = torch.nn.Sequential(
+        torch.nn.ConvTranspose2d(3, 3, 4, 2, 1), torch.nn.BatchNorm2d(3), torch.nn.ReLU()
+    ).double()
     exact.load_state_dict(block.state_dict())
     torch.nn.init.constant_(exact[0].bias, 2)
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
@@ -130,7 +153,12 @@ def test_a_bias_before_batch_norm_is_frozen_at_zero():
     expected.square().sum().backward()
     torch.testing.assert_close(exact[0].bias.grad, torch.zeros(3, dtype=torch.float64))
     frozen = {name for name, p in model.GMVAE(8, 6).named_parameters() if not p.requires_grad}
-    assert frozen == {*(f"encoder.{i}.conv.bias" for i in range(4)), "decoder.7.bias", "decoder.10.bias", "decoder.13.bias"}
+    assert frozen == {
+        *(f"encoder.{i}.conv.bias" for i in range(4)),
+        "decoder.7.bias",
+        "decoder.10.bias",
+        "decoder.13.bias",
+    }
     assert not any(model.GMVAE(8, 6).get_parameter(name).any() for name in frozen)
 
 
@@ -148,18 +176,25 @@ def test_decoding_a_part_of_the_samples_is_unbiased(network, in_float64, monkeyp
     assert terms(0, 1)[2] == kl  # which keeps all samples
     values, gradients, _ = (torch.stack(part) for part in zip(*(terms(seed, 1) for seed in range(400))))
     assert values.std() > 0 and abs(values.mean() - whole) < 4 * values.std() / 20
-    errors, single = ((found - gradient) / (gradients.std(0) / 20) for found in (gradients.mean(0), gradients[0]))
+    errors, single = (
+        (found - gradient) / (gradients.std(0) / 20) for found in (gradients.mean(0), gradients[0])
+    )
     assert errors.square().mean() < 4 < 50 < single.square().mean()  # in standard errors; one draw is far off
 
 
 def test_decoding_all_samples_is_the_same_to_the_bit(network):
     x = torch.rand(2, 6, 28, 28, 1)
-    first, second = (network.train()(x, 3, 2, 2, generator=torch.Generator().manual_seed(0), decoded=n) for n in (None, 3))
+    first, second = (
+        network.train()(x, 3, 2, 2, generator=torch.Generator().manual_seed(0), decoded=n) for n in (None, 3)
+    )
     assert all(a.equal(b) for a, b in zip(first, second))
 
 
 def test_predict_is_what_the_evaluation_does(network):
-    """A user's call from images against the equations, on the same noise; em_iters=0 looks at support means alone."""
+    """A user's call from images against the equations, on the same noise.
+
+    Em_iters=0 looks at support means alone.
+    """
     network, g = network.eval(), torch.Generator().manual_seed(3)
     support, query = torch.rand(4, 2, 28, 28, 1, generator=g), torch.rand(9, 28, 28, 1, generator=g)
     found = network.predict(support, query, samples=5, em_iters=10, seed=7)
@@ -224,7 +259,11 @@ def episode_predictions(network, h, way, shot, noise):
     mean, log_var = network.posterior(h.flatten(0, 1).unsqueeze(0))
     z = load("omniglot", "mixture").sample_posterior(mean, log_var, noise.flatten(0, 1).unsqueeze(0))
     z = z.unflatten(1, (way, members))
-    return load("omniglot", "mixture").classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), 10)[0].unflatten(0, (way, members - shot))
+    return (
+        load("omniglot", "mixture")
+        .classify(z[:, :, :shot], z[:, :, shot:].flatten(1, 2), 10)[0]
+        .unflatten(0, (way, members - shot))
+    )
 
 
 @torch.no_grad()
@@ -239,14 +278,20 @@ def test_permutations_permute_the_predictions_and_nothing_else(network):
     assert before.argmax(-1).unique().numel() > 1
 
     support = torch.cat([torch.tensor([2, 0, 1]), torch.arange(shot, shot + query)])
-    torch.testing.assert_close(episode_predictions(network, h[:, support], way, shot, noise[:, support]), before)
+    torch.testing.assert_close(
+        episode_predictions(network, h[:, support], way, shot, noise[:, support]), before
+    )
 
     order = torch.tensor([3, 1, 4, 0, 2])
     queries = torch.cat([torch.arange(shot), shot + order])
-    torch.testing.assert_close(episode_predictions(network, h[:, queries], way, shot, noise[:, queries]), before[:, order])
+    torch.testing.assert_close(
+        episode_predictions(network, h[:, queries], way, shot, noise[:, queries]), before[:, order]
+    )
 
     labels = torch.tensor([2, 3, 0, 1])
-    torch.testing.assert_close(episode_predictions(network, h[labels], way, shot, noise[labels]), before[labels][..., labels])
+    torch.testing.assert_close(
+        episode_predictions(network, h[labels], way, shot, noise[labels]), before[labels][..., labels]
+    )
 
 
 # --- schedules ------------------------------------------------------------------------------------
@@ -255,23 +300,35 @@ def test_permutations_permute_the_predictions_and_nothing_else(network):
 def test_published_defaults():
     args = vars(main.parse_args([]))
     published = dict(
-        batch_size=4, sample_size=200, train_iters=60000, freq_iters=1000, latent_size=64, hidden_size=64, no_set_attention=False,
+        batch_size=4, sample_size=200, train_iters=60000, freq_iters=1000, latent_size=64, hidden_size=64,
+        no_set_attention=False,
         train_mc_sample_size=32, test_mc_sample_size=32, way=5, query=15, lr=1e-3, weight_decay=1e-6,
-        unsupervised_em_iters=10, semisupervised_em_iters=10, fix_pi=False, em_start="samples", eval_episodes=1000, test_shot=[1, 5], test_way=[5],
-        e_step="unit", decode_samples=None, target="drawing", warp="none", kl_warmup_iters=0, kl_weight=1.0, lr_schedule="constant", ema_decay=0.0,
+        unsupervised_em_iters=10, semisupervised_em_iters=10, fix_pi=False, em_start="samples",
+        eval_episodes=1000, test_shot=[1, 5], test_way=[5],
+        e_step="unit", decode_samples=None, target="drawing", warp="none", kl_warmup_iters=0, kl_weight=1.0,
+        lr_schedule="constant", ema_decay=0.0,
     )  # fmt: skip
     assert {name: args[name] for name in published} == published
 
 
-@pytest.mark.parametrize("recipe, length", [("published-5way", 60000), ("published-20way", 60000), ("canonical", 3000)])
+@pytest.mark.parametrize(
+    "recipe, length", [("published-5way", 60000), ("published-20way", 60000), ("canonical", 3000)]
+)
 def test_recipes(recipe, length, monkeypatch):
-    """A file of flags with reasons; flags after it override it; the published ones change what the paper says and no more."""
+    """A file of flags with reasons; flags after it override it.
+
+    The published ones change what the paper says and no more.
+    """
     monkeypatch.chdir(ROOT / "omniglot")
     args, default = main.parse_args([f"@recipes/{recipe}.txt"]), vars(main.parse_args([]))
     assert args.train_iters == length
     assert main.parse_args([f"@recipes/{recipe}.txt", "--train-iters", "7"]).train_iters == 7
     if recipe != "canonical":
-        assert {name for name, value in vars(args).items() if value != default[name]} <= {"way", "sample_size", "test_way"}
+        assert {name for name, value in vars(args).items() if value != default[name]} <= {
+            "way",
+            "sample_size",
+            "test_way",
+        }
 
 
 def test_views():
@@ -280,7 +337,9 @@ def test_views():
     draws = [torch.Generator().manual_seed(0) for _ in range(3)]
     seen, target = main.views(x, draws[0], main.parse_args([]))
     assert seen is x and target is x
-    seen, target = main.views(x, draws[1], main.parse_args("--target canonical --target-shape 0 --warp affine".split()))
+    seen, target = main.views(
+        x, draws[1], main.parse_args("--target canonical --target-shape 0 --warp affine".split())
+    )
     flat = x.flatten(0, 1)
     assert seen.flatten(0, 1).equal(pose.warp(flat, "affine", draws[2]))
     assert target.flatten(0, 1).equal(pose.canonical(flat, pose.pose(flat, 0)))
@@ -299,9 +358,15 @@ def test_published_schedules_are_constant():
 
 
 def test_schedules():
-    args = main.parse_args("--train-iters 100 --lr 0.1 --lr-schedule cosine --kl-warmup-iters 50 --kl-weight 0.5".split())
+    args = main.parse_args(
+        "--train-iters 100 --lr 0.1 --lr-schedule cosine --kl-warmup-iters 50 --kl-weight 0.5".split()
+    )
     rates = [main.learning_rate(step, args) for step in range(1, 101)]
     assert rates[0] == 0.1 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-4
     assert abs(rates[50] - 0.05) < 1e-12
     weights = [main.kl_weight(step, args) for step in range(0, 101)]
-    assert weights[0] == pytest.approx(0.01) and weights[25] == pytest.approx(0.255) and weights[50:] == [0.5] * 51
+    assert (
+        weights[0] == pytest.approx(0.01)
+        and weights[25] == pytest.approx(0.255)
+        and weights[50:] == [0.5] * 51
+    )

@@ -1,4 +1,7 @@
-"""The Omniglot program as a user runs it: in a process of its own, judged by its files and its exit status."""
+"""The Omniglot program as a user runs it.
+
+In a process of its own, judged by its files and its exit status.
+"""
 
 import json
 import re
@@ -16,7 +19,8 @@ import torch
 
 from conftest import ROOT, fails, load, needs_shared_data, run, shared_data
 
-TINY = "--hidden-size 8 --latent-size 8 --batch-size 2 --sample-size 20 --train-mc-sample-size 2 --test-mc-sample-size 2 --eval-episodes 8 --device cpu".split()
+TINY = "--hidden-size 8 --latent-size 8 --batch-size 2 --sample-size 20 --eval-episodes 8 --device cpu"
+TINY = [*TINY.split(), *"--train-mc-sample-size 2 --test-mc-sample-size 2".split()]
 
 
 def metrics(folder):
@@ -41,7 +45,19 @@ def assert_same_run(a, b):
 def whole_run(glyphs_dir, tmp_path_factory):
     """A finished tiny run and the flags that made it."""
     folder = tmp_path_factory.mktemp("run") / "whole"
-    flags = ["--data-dir", glyphs_dir, *TINY, "--train-iters", 60, "--freq-iters", 20, "--ema-decay", 0.9, "--lr-schedule", "cosine"]
+    flags = [
+        "--data-dir",
+        glyphs_dir,
+        *TINY,
+        "--train-iters",
+        60,
+        "--freq-iters",
+        20,
+        "--ema-decay",
+        0.9,
+        "--lr-schedule",
+        "cosine",
+    ]
     result = run("omniglot", "--save-dir", folder, *flags)
     assert result.returncode == 0, result.stderr
     return folder, flags, result
@@ -53,7 +69,11 @@ def test_a_run_leaves_its_files(whole_run):
         "config.json", "metrics.jsonl", "last.pt", "1shot_best.pt", "5shot_best.pt", "test.json", "tb_log"
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
-    assert config["args"]["train_iters"] == 60 and config["versions"]["torch"] == torch.__version__ and config["device"]
+    assert (
+        config["args"]["train_iters"] == 60
+        and config["versions"]["torch"] == torch.__version__
+        and config["device"]
+    )
     assert [line["step"] for line in metrics(folder)] == [20, 40, 60]
     scores = json.loads((folder / "test.json").read_text())
     assert scores.keys() == {"5way1shot", "5way5shot"}
@@ -64,7 +84,13 @@ def test_a_run_leaves_its_files(whole_run):
 
 def start(folder, flags):
     command = [sys.executable, "main.py", "--save-dir", str(folder), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT / "omniglot", env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT / "omniglot",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(path, process, seconds=60):
@@ -107,7 +133,11 @@ def test_a_polite_stop_leaves_a_checkpoint(whole_run, tmp_path, signum):
     whole, flags, _ = whole_run
     folder = tmp_path / "stopped"
     result = run("omniglot", STOPPED.format(int(signum)), "--save-dir", folder, *flags, script="-c")
-    assert result.returncode == 128 + signum and "--resume continues" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 128 + signum
+        and "--resume continues" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 30
     assert run("omniglot", "--save-dir", folder, *flags, "--resume").returncode == 0
     assert_same_run(whole, folder)
@@ -117,16 +147,34 @@ def test_eval_only_repeats_the_test(whole_run, tmp_path):
     folder, flags, _ = whole_run
     for shot in (1, 5):
         out = tmp_path / f"{shot}"
-        result = run("omniglot", *flags, "--eval-only", "--checkpoint", folder / f"{shot}shot_best.pt", "--save-dir", out, "--test-shot", shot)
+        result = run(
+            "omniglot",
+            *flags,
+            "--eval-only",
+            "--checkpoint",
+            folder / f"{shot}shot_best.pt",
+            "--save-dir",
+            out,
+            "--test-shot",
+            shot,
+        )
         assert result.returncode == 0, result.stderr
         name = f"5way{shot}shot"
-        assert json.loads((out / "test.json").read_text())[name] == json.loads((folder / "test.json").read_text())[name]
-    result = run("omniglot", *flags, "--eval-only", "--checkpoint", folder, "--save-dir", out)  # both at once; an earlier test is replaced
+        assert (
+            json.loads((out / "test.json").read_text())[name]
+            == json.loads((folder / "test.json").read_text())[name]
+        )
+    result = run(
+        "omniglot", *flags, "--eval-only", "--checkpoint", folder, "--save-dir", out
+    )  # both at once; an earlier test is replaced
     assert result.returncode == 0, result.stderr
     assert "other test data" not in result.stdout
     assert (out / "test.json").read_text() == (folder / "test.json").read_text()
     config = json.loads((out / "config.json").read_text())  # says what the numbers depend on, and no more
-    assert config["precision"] == "fp32" and config["args"]["query"] == json.loads((folder / "config.json").read_text())["args"]["query"]
+    assert (
+        config["precision"] == "fp32"
+        and config["args"]["query"] == json.loads((folder / "config.json").read_text())["args"]["query"]
+    )
     assert not config["args"].keys() & {"hidden_size", "train_iters", "way", "seed", "precision", "compile"}
 
 
@@ -146,9 +194,17 @@ def test_a_test_on_other_data_says_so(whole_run, glyphs_dir, tmp_path):
 
 def test_a_checkpoint_is_tested_at_its_own_way(glyphs_dir, tmp_path):
     flags = ["--data-dir", glyphs_dir, *TINY, "--test-shot", 1]
-    assert run("omniglot", "--save-dir", tmp_path / "run", *flags, "--train-iters", 1, "--way", 7).returncode == 0
+    assert (
+        run("omniglot", "--save-dir", tmp_path / "run", *flags, "--train-iters", 1, "--way", 7).returncode
+        == 0
+    )
     for place in (tmp_path / "run", tmp_path / "run/5shot_best.pt", tmp_path / "run/last.pt"):
-        assert run("omniglot", "--save-dir", tmp_path / "eval", *flags, "--eval-only", "--checkpoint", place).returncode == 0
+        assert (
+            run(
+                "omniglot", "--save-dir", tmp_path / "eval", *flags, "--eval-only", "--checkpoint", place
+            ).returncode
+            == 0
+        )
         assert json.loads((tmp_path / "eval/test.json").read_text()).keys() == {"7way1shot"}
 
 
@@ -156,28 +212,52 @@ def test_what_a_resume_leaves_in_the_config(glyphs_dir, tmp_path):
     """Of a run that has ended, --resume repeats the test; the command it was started with stays."""
     flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 1]
     assert run("omniglot", *flags).returncode == 0
-    first, before = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "test.json"))
+    first, before = (
+        json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "test.json")
+    )
     (tmp_path / "run/metrics.jsonl").write_text("")  # as if a kill had come between the checkpoint and this
     assert run("omniglot", *flags, "--resume", "--test-shot", 1).returncode == 0
-    config, after = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "test.json"))
-    assert config["command"] == first["command"] and [again["command"][-22:] for again in config["resumed"]] == ["--resume --test-shot 1"]
+    config, after = (
+        json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "test.json")
+    )
+    assert config["command"] == first["command"] and [
+        again["command"][-22:] for again in config["resumed"]
+    ] == ["--resume --test-shot 1"]
     assert after == {"5way1shot": before["5way1shot"]} and len(metrics(tmp_path / "run")) == 1
 
 
 def test_eval_only_at_other_ways_and_shots(whole_run, glyphs_dir, tmp_path):
     folder, _, _ = whole_run
     result = run(
-        "omniglot", "--data-dir", glyphs_dir, "--eval-only", "--checkpoint", folder / "1shot_best.pt", "--save-dir", tmp_path / "eval",
-        "--test-way", 3, 20, "--test-shot", 1, 2, "--eval-episodes", 3, "--e-step", "k-means", "--no-set-attention",
+        "omniglot", "--data-dir", glyphs_dir, "--eval-only", "--checkpoint", folder / "1shot_best.pt",
+        "--save-dir", tmp_path / "eval",
+        "--test-way", 3, 20, "--test-shot", 1, 2, "--eval-episodes", 3, "--e-step", "k-means",
+        "--no-set-attention",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "eval/test.json").read_text()).keys() == {"3way1shot", "3way2shot", "20way1shot", "20way2shot"}
+    assert json.loads((tmp_path / "eval/test.json").read_text()).keys() == {
+        "3way1shot",
+        "3way2shot",
+        "20way1shot",
+        "20way2shot",
+    }
 
 
 def test_same_seed_same_run_and_another_seed_another(glyphs_dir, tmp_path):
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        result = run("omniglot", "--data-dir", glyphs_dir, "--save-dir", tmp_path / name, *TINY, "--train-iters", 2, "--seed", seed)
+        result = run(
+            "omniglot",
+            "--data-dir",
+            glyphs_dir,
+            "--save-dir",
+            tmp_path / name,
+            *TINY,
+            "--train-iters",
+            2,
+            "--seed",
+            seed,
+        )
         assert result.returncode == 0, result.stderr
         states.append(weights(tmp_path / name)["set_network.2.weight"])
     assert states[0].equal(states[1]) and not states[0].equal(states[2])
@@ -188,16 +268,35 @@ def test_without_set_attention(glyphs_dir, tmp_path):
     flags = ["--data-dir", glyphs_dir, *TINY, "--train-iters", 2, "--test-shot", 1]
     assert run("omniglot", "--save-dir", tmp_path / "run", *flags, "--no-set-attention").returncode == 0
     assert torch.load(tmp_path / "run/1shot_best.pt", weights_only=True)["sizes"]["set_attention"] is False
-    assert run("omniglot", "--eval-only", "--checkpoint", tmp_path / "run/1shot_best.pt", "--save-dir", tmp_path / "eval", *flags).returncode == 0
-    assert json.loads((tmp_path / "eval/test.json").read_text()) == json.loads((tmp_path / "run/test.json").read_text())
+    assert (
+        run(
+            "omniglot",
+            "--eval-only",
+            "--checkpoint",
+            tmp_path / "run/1shot_best.pt",
+            "--save-dir",
+            tmp_path / "eval",
+            *flags,
+        ).returncode
+        == 0
+    )
+    assert json.loads((tmp_path / "eval/test.json").read_text()) == json.loads(
+        (tmp_path / "run/test.json").read_text()
+    )
 
 
 def test_the_demo_learns(tmp_path):
-    """The demo of the Makefile in a quarter of its time, on its data: far above the 20 % of chance (70 and 79 % when written)."""
+    """The demo of the Makefile in a quarter of its time, on its data.
+
+    Far above the 20 % of chance (70 and 79 % when written).
+    """
     assert run("data/glyphs", "--out", tmp_path / "glyphs", script="prepare.py").returncode == 0
-    flags = "--device cpu --sample-size 50 --train-mc-sample-size 1 --train-iters 250 --freq-iters 250 --kl-warmup-iters 125"
+    flags = "--device cpu --sample-size 50 --train-mc-sample-size 1 --train-iters 250 --freq-iters 250"
+    flags += " --kl-warmup-iters 125"
     flags += " --kl-weight 0.1 --lr-schedule cosine --ema-decay 0.95 --eval-episodes 100"
-    result = run("omniglot", "--data-dir", tmp_path / "glyphs", "--save-dir", tmp_path / "demo", *flags.split())
+    result = run(
+        "omniglot", "--data-dir", tmp_path / "glyphs", "--save-dir", tmp_path / "demo", *flags.split()
+    )
     assert result.returncode == 0, result.stderr
     cells = json.loads((tmp_path / "demo/test.json").read_text())
     assert cells["5way1shot"]["accuracy"] > 55 and cells["5way5shot"]["accuracy"] > 65
@@ -215,7 +314,8 @@ def test_a_copy_of_the_folder_runs_alone(glyphs_dir, tmp_path):
 def test_help_describes_every_flag():
     result = run("omniglot", "--help", env={"COLUMNS": "400"})
     assert result.returncode == 0
-    for flag in "data-dir save-dir unsupervised-em-iters semisupervised-em-iters fix-pi hidden-size latent-size train-mc-sample-size".split():
+    flags = "data-dir save-dir unsupervised-em-iters semisupervised-em-iters fix-pi hidden-size latent-size"
+    for flag in flags.split():
         assert f"--{flag}" in result.stdout
     assert result.stdout.count("(default: ") == result.stdout.count("\n  --")
 
@@ -227,12 +327,27 @@ def test_a_folder_with_another_run_is_refused(whole_run):
     folder, flags, _ = whole_run
     before = (folder / "last.pt").read_bytes()
     fails(run("omniglot", "--save-dir", folder, *flags), folder, "holds another run", "--resume")
-    fails(run("omniglot", "--save-dir", folder, *flags, "--resume", "--lr", "0.5"), "--lr", "0.5 found", "0.001 expected")
+    fails(
+        run("omniglot", "--save-dir", folder, *flags, "--resume", "--lr", "0.5"),
+        "--lr",
+        "0.5 found",
+        "0.001 expected",
+    )
     precision = json.loads((folder / "config.json").read_text())["precision"]
     other = "fp32" if precision == "bf16" else "bf16"
-    fails(run("omniglot", "--save-dir", folder, *flags, "--resume", "--precision", other), "--precision", f"{other} found", f"{precision} expected")
+    fails(
+        run("omniglot", "--save-dir", folder, *flags, "--resume", "--precision", other),
+        "--precision",
+        f"{other} found",
+        f"{precision} expected",
+    )
     checkpoint = folder / "1shot_best.pt"
-    fails(run("omniglot", "--save-dir", folder, *flags, "--eval-only", "--checkpoint", checkpoint), "--save-dir", "holds a training run", "another folder expected")
+    fails(
+        run("omniglot", "--save-dir", folder, *flags, "--eval-only", "--checkpoint", checkpoint),
+        "--save-dir",
+        "holds a training run",
+        "another folder expected",
+    )
     assert (folder / "last.pt").read_bytes() == before
 
 
@@ -270,12 +385,26 @@ def test_missing_and_wrong_data(glyphs_dir, tmp_path):
     for name in ("train", "val", "test"):
         (tmp_path / f"{name}.npy").write_bytes((glyphs_dir / f"{name}.npy").read_bytes())
     np.save(tmp_path / "val.npy", np.zeros((30, 20, 28, 28), np.uint8))
-    fails(run("omniglot", "--data-dir", tmp_path, "--save-dir", tmp_path / "run"), "val.npy", "(30, 20, 28, 28)", "(classes, drawings, 28, 28, 1)")
+    fails(
+        run("omniglot", "--data-dir", tmp_path, "--save-dir", tmp_path / "run"),
+        "val.npy",
+        "(30, 20, 28, 28)",
+        "(classes, drawings, 28, 28, 1)",
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_wrong_checkpoints(glyphs_dir, tmp_path):
-    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", "--eval-only", "--eval-episodes", 2, "--checkpoint"]
+    flags = [
+        "--data-dir",
+        glyphs_dir,
+        "--save-dir",
+        tmp_path / "run",
+        "--eval-only",
+        "--eval-episodes",
+        2,
+        "--checkpoint",
+    ]
     fails(run("omniglot", *flags, tmp_path / "none.pt"), "none.pt", "not found")
     (tmp_path / "text.pt").write_text("hello")
     fails(run("omniglot", *flags, tmp_path / "text.pt"), "text.pt", "not a readable checkpoint")
@@ -291,7 +420,11 @@ def test_wrong_checkpoints(glyphs_dir, tmp_path):
 def test_a_damaged_run_is_not_resumed(whole_run, tmp_path):
     folder, flags, _ = whole_run
     unreadable = "not a readable checkpoint"
-    for name, content, words in (("config.json", b"{", "not readable"), ("last.pt", b"PK", unreadable), ("last.pt", b"", unreadable)):
+    for name, content, words in (
+        ("config.json", b"{", "not readable"),
+        ("last.pt", b"PK", unreadable),
+        ("last.pt", b"", unreadable),
+    ):
         copy = tmp_path / f"{name} of {len(content)} bytes"
         shutil.copytree(folder, copy)
         (copy / name).write_bytes(content)
@@ -303,14 +436,26 @@ def test_a_damaged_run_is_not_resumed(whole_run, tmp_path):
     (copy / "config.json").rename(tmp_path / "aside")
     fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), copy, "config.json: not found")
     (tmp_path / "aside").rename(copy / "config.json")
-    (copy / "last.pt").unlink()  # as in results/, where it is too large to keep: to start again would overwrite them
+    (
+        copy / "last.pt"
+    ).unlink()  # as in results/, where it is too large to keep: to start again would overwrite them
     before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
     fails(run("omniglot", "--save-dir", copy, *flags, "--resume"), "last.pt", "not found")
     assert before == {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(glyphs_dir, tmp_path):
-    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 60, "--freq-iters", 5]
+    flags = [
+        "--data-dir",
+        glyphs_dir,
+        "--save-dir",
+        tmp_path / "run",
+        *TINY,
+        "--train-iters",
+        60,
+        "--freq-iters",
+        5,
+    ]
     result = run("omniglot", *flags, "--lr", "1e12")
     fails(result, "step ", "not finite", "reconstruction", "kl")
     if (tmp_path / "run/last.pt").exists():
@@ -318,7 +463,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(glyphs_dir, tmp_path):
 
 
 def test_a_folder_is_written_by_one_process_alone(glyphs_dir, tmp_path):
-    folder, flags = tmp_path / "run", ["--data-dir", glyphs_dir, *TINY, "--train-iters", 10**6, "--freq-iters", 10**6]
+    folder, flags = (
+        tmp_path / "run",
+        ["--data-dir", glyphs_dir, *TINY, "--train-iters", 10**6, "--freq-iters", 10**6],
+    )
     first = start(folder, flags)
     try:
         wait_for(folder / "tb_log", first)
@@ -327,15 +475,28 @@ def test_a_folder_is_written_by_one_process_alone(glyphs_dir, tmp_path):
     finally:
         first.kill()
         first.communicate()
-    result = run("omniglot", "--save-dir", folder, "--data-dir", glyphs_dir, *TINY, "--train-iters", 1)  # free again, and without a checkpoint
+    result = run(
+        "omniglot", "--save-dir", folder, "--data-dir", glyphs_dir, *TINY, "--train-iters", 1
+    )  # free again, and without a checkpoint
     assert result.returncode == 0, result.stderr
 
 
 def test_an_interrupted_test_leaves_no_numbers_of_another(whole_run, glyphs_dir, tmp_path):
     folder, _, _ = whole_run
-    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "eval", "--eval-only", "--checkpoint", folder, "--eval-episodes", 2]
+    flags = [
+        "--data-dir",
+        glyphs_dir,
+        "--save-dir",
+        tmp_path / "eval",
+        "--eval-only",
+        "--checkpoint",
+        folder,
+        "--eval-episodes",
+        2,
+    ]
     assert run("omniglot", *flags).returncode == 0 and (tmp_path / "eval/test.json").exists()
-    interrupted = "import evaluate, main\ndef stop(*args): raise KeyboardInterrupt\nevaluate.evaluate = stop\nmain.main()"
+    interrupted = "import evaluate, main\ndef stop(*args): raise KeyboardInterrupt\n"
+    interrupted += "evaluate.evaluate = stop\nmain.main()"
     assert run("omniglot", interrupted, *flags, "--e-step", "learned", script="-c").returncode == 130
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"config.json"}
 
@@ -350,7 +511,17 @@ def test_a_log_in_an_encoding_without_some_sign_ends_no_run(encoding, glyphs_dir
 
 
 def test_too_large_a_step_leaves_the_folder_free(glyphs_dir, tmp_path):
-    flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 1, "--device", "cpu"]
+    flags = [
+        "--data-dir",
+        glyphs_dir,
+        "--save-dir",
+        tmp_path / "run",
+        *TINY,
+        "--train-iters",
+        1,
+        "--device",
+        "cpu",
+    ]
     fails(run("omniglot", *flags, "--train-mc-sample-size", 2 * 10**9), "not enough memory")
     result = run("omniglot", *flags)
     assert result.returncode == 0, result.stderr
@@ -358,7 +529,10 @@ def test_too_large_a_step_leaves_the_folder_free(glyphs_dir, tmp_path):
 
 def test_compile_without_a_compiler(glyphs_dir, tmp_path):
     flags = ["--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--compile"]
-    nothing = {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}  # neither a compiler nor what it made before
+    nothing = {
+        "CXX": "none",
+        "TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache",
+    }  # neither a compiler nor what it made before
     fails(run("omniglot", *flags, env=nothing), "--compile", "C++ compiler")
     assert not (tmp_path / "run").exists()
 
@@ -367,16 +541,25 @@ def test_a_run_is_not_resumed_on_other_images(whole_run, glyphs_dir, tmp_path):
     folder, flags, _ = whole_run
     for name in ("train", "val", "test"):
         np.save(tmp_path / f"{name}.npy", np.load(glyphs_dir / f"{name}.npy")[:, :, ::-1])
-    fails(run("omniglot", "--save-dir", folder, *flags, "--resume", "--data-dir", tmp_path), "--data-dir: ", " data of ", "crc32")
+    fails(
+        run("omniglot", "--save-dir", folder, *flags, "--resume", "--data-dir", tmp_path),
+        "--data-dir: ",
+        " data of ",
+        "crc32",
+    )
 
 
 @needs_shared_data
 def test_real_omniglot(tmp_path):
     """Prepares the real archives and trains a few steps on them."""
-    result = run("data/omniglot", "--source", shared_data / "omniglot", "--out", tmp_path / "data", script="prepare.py")
+    result = run(
+        "data/omniglot", "--source", shared_data / "omniglot", "--out", tmp_path / "data", script="prepare.py"
+    )
     assert result.returncode == 0, result.stderr
     flags = "--train-mc-sample-size 1 --train-iters 6 --freq-iters 3 --eval-episodes 20 --device cpu".split()
-    result = run("omniglot", "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run", *flags, timeout=300)
+    result = run(
+        "omniglot", "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run", *flags, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     first, last = metrics(tmp_path / "run")
     assert last["reconstruction"] < first["reconstruction"] < 600  # 784 pixels at log 2 nats are 543

@@ -1,7 +1,7 @@
 """data/omniglot/prepare.py: what it writes, and how it fails.
 
-The archives are invented: complete ones (1,623 characters) run through the script as a user runs it; small ones,
-with the script's counts lowered, run inside this process, where a damaged file costs milliseconds.
+The archives are invented: complete ones (1,623 characters) run through the script as a user runs it; small
+ones, with the script's counts lowered, run inside this process, where a damaged file costs milliseconds.
 """
 
 import io
@@ -38,7 +38,8 @@ def png(paper):
 
 
 def drawing(code):
-    """An upright drawing that says which it is: 7 x 7 cells of ink, an asymmetric corner and then `code` in binary.
+    """An upright drawing that says which it is: 7 x 7 cells of ink, an asymmetric corner and then `code` in
+    binary.
 
     A cell is 15 pixels of 105 and 4 of 28.
     """
@@ -56,14 +57,18 @@ def read_code(image):
 
 
 def entries(counts, drawings=20):
-    """{archive: {path in it: PNG}}; a small drawing's code is its character * 32 + its number, a full one's has no number."""
+    """{archive: {path in it: PNG}}.
+
+    A small drawing's code is its character * 32 + its number, a full one's has no number.
+    """
     archives, code = {}, 0
     for name, count in counts.items():
         archives[name] = {}
         for i in range(count):
             image = drawing(code)
             for n in range(drawings):
-                path = f"{name}/{name[7:].title()}{i // 30:02d}/character{i % 30 + 1:02d}/{code:04d}_{n + 1:02d}.png"
+                character = f"{name[7:].title()}{i // 30:02d}/character{i % 30 + 1:02d}"
+                path = f"{name}/{character}/{code:04d}_{n + 1:02d}.png"
                 archives[name][path] = image if counts is FULL else drawing(code * 32 + n)
             code += 1
     return archives
@@ -73,7 +78,9 @@ def as_zips(archives, folder, compression=zipfile.ZIP_DEFLATED):
     for name, files in archives.items():
         with zipfile.ZipFile(folder / f"{name}.zip", "w", compression) as file:
             file.writestr(f"__MACOSX/{name}/A/character01/._0001_01.png", b"what macOS adds to archives")
-            for path in random.Random(0).sample(sorted(files), len(files)):  # an archive has no order to rely on
+            for path in random.Random(0).sample(
+                sorted(files), len(files)
+            ):  # an archive has no order to rely on
                 file.writestr(path, files[path])
     return folder
 
@@ -122,7 +129,7 @@ def small(monkeypatch, capsys):
 
 @pytest.fixture
 def refuses(small, tmp_path):
-    """Asserts that the script refuses a source in one line that has all `words`, and leaves nothing behind."""
+    """Assert that the script refuses a source in one line with all `words`, and leaves nothing behind."""
 
     def check(source, *words):
         fails(small("--source", source, "--out", tmp_path / "refused"), "prepare.py: error:", *words)
@@ -145,7 +152,9 @@ def test_complete_archives_give_the_promised_shapes(full):
 
 def test_the_split_is_complete_disjoint_and_the_documented_shuffle(full):
     split = json.loads((full[1] / "split.json").read_text())
-    names = sorted("/".join(path.split("/")[1:3]) for files in entries(FULL, drawings=1).values() for path in files)
+    names = sorted(
+        "/".join(path.split("/")[1:3]) for files in entries(FULL, drawings=1).values() for path in files
+    )
     random.Random(47).shuffle(names)
     assert split["rotations"] == [0, 90, 180, 270]
     assert [len(split[name]) for name in ("train", "val", "test")] == [1200, 100, 323]
@@ -154,12 +163,18 @@ def test_the_split_is_complete_disjoint_and_the_documented_shuffle(full):
 
 def test_rows_4i_to_4i_plus_3_are_the_four_rotations_of_character_i(full):
     split = json.loads((full[1] / "split.json").read_text())
-    codes = {"/".join(path.split("/")[1:3]): int(path[-11:-7]) for files in entries(FULL, 1).values() for path in files}
+    codes = {
+        "/".join(path.split("/")[1:3]): int(path[-11:-7])
+        for files in entries(FULL, 1).values()
+        for path in files
+    }
     for name in ("train", "val", "test"):
         images = np.load(full[1] / f"{name}.npy")[..., 0].reshape(-1, 4, 20, 28, 28)
         for r in range(1, 4):
             assert np.array_equal(images[:, r], np.rot90(images[:, 0], r, axes=(2, 3)))
-        assert [read_code(image) for image in images[:, 0, 0]] == [codes[character] for character in split[name]]
+        assert [read_code(image) for image in images[:, 0, 0]] == [
+            codes[character] for character in split[name]
+        ]
         assert (images == images[:, :, :1]).all()  # these archives hold twenty equal drawings
 
 
@@ -190,7 +205,10 @@ def test_the_same_source_gives_the_same_bytes_and_replaces_older_files(small, tm
 @pytest.mark.parametrize("horizontal", [False, True])
 @pytest.mark.parametrize("at", range(10, 95, 7))
 def test_the_thinnest_stroke_survives_as_grey(at, horizontal):
-    """One pixel of 105 is a quarter of a pixel of 28: nearest neighbour would drop three such strokes in four."""
+    """One pixel of 105 is a quarter of a pixel of 28.
+
+    Nearest neighbour would drop three such strokes in four.
+    """
     paper = np.ones((105, 105), bool)
     paper[at] = False
     image = omniglot.read_drawing(png(paper if horizontal else paper.T), "a stroke")
@@ -231,7 +249,9 @@ def test_transparent_and_deep_drawings_mean_what_they_show():
 
 
 def test_a_missing_source(refuses, tmp_path):
-    refuses(tmp_path / "nowhere", "nowhere", "found neither images_background.zip nor a folder images_background")
+    refuses(
+        tmp_path / "nowhere", "nowhere", "found neither images_background.zip nor a folder images_background"
+    )
 
 
 def test_one_archive_without_the_other(refuses, tmp_path):
@@ -261,11 +281,15 @@ def test_a_flipped_byte_in_a_drawing(refuses, tmp_path, compression):
 def test_a_missing_character(refuses, tmp_path):
     archives = entries(SMALL)
     gone = {path for path in archives["images_background"] if "character03" in path}
-    archives["images_background"] = {path: png for path, png in archives["images_background"].items() if path not in gone}
+    archives["images_background"] = {
+        path: png for path, png in archives["images_background"].items() if path not in gone
+    }
     refuses(as_zips(archives, tmp_path), "images_background.zip: 4 characters found, 5 expected")
 
 
-@pytest.mark.parametrize("pack, where", [(as_zips, "images_evaluation.zip"), (as_folders, "images_evaluation")])
+@pytest.mark.parametrize(
+    "pack, where", [(as_zips, "images_evaluation.zip"), (as_folders, "images_evaluation")]
+)
 def test_a_missing_drawing(refuses, tmp_path, pack, where):
     archives = entries(SMALL)
     del archives["images_evaluation"]["images_evaluation/Evaluation00/character02/0006_07.png"]
@@ -273,7 +297,10 @@ def test_a_missing_drawing(refuses, tmp_path, pack, where):
 
 
 def renamed(archives, change):
-    return {name: {change(name, path): content for path, content in files.items()} for name, files in archives.items()}
+    return {
+        name: {change(name, path): content for path, content in files.items()}
+        for name, files in archives.items()
+    }
 
 
 LAYOUTS = {
@@ -298,12 +325,19 @@ def test_a_character_in_two_places(refuses, tmp_path):
     archives = entries(SMALL)
     path = min(archives["images_background"])
     archives["images_background"][f"copy/{path}"] = drawing(5)
-    refuses(as_zips(archives, tmp_path), "images_background.zip: Background00/character01 found in ", "one expected")
+    refuses(
+        as_zips(archives, tmp_path),
+        "images_background.zip: Background00/character01 found in ",
+        "one expected",
+    )
 
 
 def test_inverted_and_blank_drawings(refuses, tmp_path):
     path = "images_background/Background00/character04/0003_11.png"
-    for paper, words in ((np.zeros((105, 105), bool), "every pixel is 0"), (np.kron(np.eye(7), np.ones((15, 15))) > 0, "looks inverted")):
+    for paper, words in (
+        (np.zeros((105, 105), bool), "every pixel is 0"),
+        (np.kron(np.eye(7), np.ones((15, 15))) > 0, "looks inverted"),
+    ):
         archives = entries(SMALL)
         archives["images_background"][path] = png(paper)
         refuses(as_zips(archives, tmp_path), "Background00/character04, drawing 11: ", words, "expected")
@@ -327,7 +361,13 @@ def bomb():
 
 @pytest.mark.parametrize(
     "broken",
-    [wrong_size(), bomb(), (b"", "not a readable PNG"), (b"not a picture", "not a readable PNG"), (drawing(1)[:80], "not a readable PNG")],
+    [
+        wrong_size(),
+        bomb(),
+        (b"", "not a readable PNG"),
+        (b"not a picture", "not a readable PNG"),
+        (drawing(1)[:80], "not a readable PNG"),
+    ],
     ids=["wrong size", "bomb", "empty", "text", "truncated"],
 )
 def test_a_drawing_that_cannot_be_used(refuses, tmp_path, broken):
@@ -376,7 +416,8 @@ def test_an_output_folder_that_cannot_be_made(small, tmp_path):
 
 
 @pytest.mark.parametrize("error, words", [
-    (OSError("1000 requested and 12 written"), "not written, room on the disk expected (1000 requested"),  # NumPy's
+    # NumPy's
+    (OSError("1000 requested and 12 written"), "not written, room on the disk expected (1000 requested"),
     (OSError(28, "No space left on device"), "No space left on device"),
     (MemoryError("Unable to allocate 1 GiB"), "not enough memory (Unable to allocate 1 GiB)"),
 ])  # fmt: skip
@@ -399,7 +440,12 @@ def test_errors_as_a_user_sees_them(full, tmp_path):
     content = bytearray((full[0] / "images_background.zip").read_bytes())
     content[5000] ^= 1
     (tmp_path / "images_background.zip").write_bytes(content)
-    fails(script("--source", tmp_path), "prepare.py: error:", tmp_path / "images_background.zip", "damaged or truncated")
+    fails(
+        script("--source", tmp_path),
+        "prepare.py: error:",
+        tmp_path / "images_background.zip",
+        "damaged or truncated",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -423,7 +469,14 @@ def test_without_a_source_the_archives_are_downloaded_and_checked(small, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archives", "elsewhere", *FILES]
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route to host"), RuntimeError("File not found or corrupted."), TimeoutError("timed out")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib.error.URLError("no route to host"),
+        RuntimeError("File not found or corrupted."),
+        TimeoutError("timed out"),
+    ],
+)
 def test_a_failed_download_is_one_line(small, tmp_path, monkeypatch, error):
     def download_url(*_):
         raise error

@@ -1,4 +1,7 @@
-"""What is committed under results/: the tables agree with it, its commands are ones, its checkpoints score what it says."""
+"""What is committed under results/.
+
+The tables agree with it, its commands are ones, its checkpoints score what it says.
+"""
 
 import json
 import re
@@ -13,12 +16,17 @@ import torch
 
 from conftest import ROOT, load, needs_shared_data, run, shared_data
 
-OMNIGLOT, MIMGNET = (sorted(path.parent for path in (ROOT / "results").glob(f"{name}-*/test.json")) for name in ("omniglot", "mimgnet"))
+OMNIGLOT, MIMGNET = (
+    sorted(path.parent for path in (ROOT / "results").glob(f"{name}-*/test.json"))
+    for name in ("omniglot", "mimgnet")
+)
 RUNS = OMNIGLOT + MIMGNET
 
 
 def test_tables_agree_with_results():
-    check = subprocess.run([sys.executable, "results/table.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    check = subprocess.run(
+        [sys.executable, "results/table.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert check.returncode == 0, check.stderr
 
 
@@ -31,25 +39,46 @@ def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
         return {"args": vars(parse(flags.split())), "device": "a GPU", "seconds": 90.0, "test": test}
 
     runs = {
-        "omniglot-5way": [fake("", **{"5way1shot": 94.0, "5way5shot": 97.0}), fake("--seed 1", **{"5way1shot": 95.0, "5way5shot": 97.0})],
-        "omniglot-20way-fast": [fake("--way 20 --sample-size 300 --kl-warmup-iters 9 --train-iters 50", **{"20way1shot": 80.0, "20way5shot": 90.0})],
+        "omniglot-5way": [
+            fake("", **{"5way1shot": 94.0, "5way5shot": 97.0}),
+            fake("--seed 1", **{"5way1shot": 95.0, "5way5shot": 97.0}),
+        ],
+        "omniglot-20way-fast": [
+            fake(
+                "--way 20 --sample-size 300 --kl-warmup-iters 9 --train-iters 50",
+                **{"20way1shot": 80.0, "20way5shot": 90.0},
+            )
+        ],
     }
     missing, published, fast = table.rows("omniglot", runs)
     assert missing[1] == {"20way1shot": "not run", "20way5shot": "not run"}
-    assert published[0] == "published" and published[1]["5way1shot"] == "94.50 (-0.42)<br>94.00 ± 0.50, 95.00 ± 0.50" and "20way1shot" not in published[1]
-    assert fast[0] == "fast" and fast[1] == {"20way1shot": "80.00 (-2.21)<br>80.00 ± 0.50", "20way5shot": "90.00 (-0.61)<br>90.00 ± 0.50"} and "50 steps in 2 min" in fast[2]
+    assert (
+        published[0] == "published"
+        and published[1]["5way1shot"] == "94.50 (-0.42)<br>94.00 ± 0.50, 95.00 ± 0.50"
+        and "20way1shot" not in published[1]
+    )
+    assert (
+        fast[0] == "fast"
+        and fast[1]
+        == {"20way1shot": "80.00 (-2.21)<br>80.00 ± 0.50", "20way5shot": "90.00 (-0.61)<br>90.00 ± 0.50"}
+        and "50 steps in 2 min" in fast[2]
+    )
 
 
-@pytest.mark.parametrize("name, least", [("README.md", 6), ("results/README.md", 12), ("results/bench/README.md", 2)])
+@pytest.mark.parametrize(
+    "name, least", [("README.md", 6), ("results/README.md", 12), ("results/bench/README.md", 2)]
+)
 def test_the_commands_are_understood(name, least, monkeypatch):
-    """Every call of main.py, figures.py and bench.py in a README, with the parser of the folder that the last `cd` before it went to."""
+    """Every call of main.py, figures.py and bench.py in a README, by the parser of the folder it is in."""
     text = (ROOT / name).read_text().replace("\\\n", "")
     found, folder = 0, None
     for entered, script, flags in re.findall(r"\bcd (\w+)|python (main|figures|bench)\.py([^\n`#)]*)", text):
         folder = entered or folder
         if script and "--help" not in flags:
             monkeypatch.chdir(ROOT / (folder or "."))  # where @recipes are
-            args = load("." if script == "bench" else folder, script).parse_args(shlex.split(flags))  # leaves with status 2 if it is not
+            args = load("." if script == "bench" else folder, script).parse_args(
+                shlex.split(flags)
+            )  # leaves with status 2 if it is not
             if (folder, script) == ("omniglot", "main"):
                 assert max(args.test_shot) + args.query <= 20, flags  # drawings of a character
             found += 1
@@ -61,7 +90,10 @@ def test_the_python_of_the_readme(tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert len(code.splitlines()) <= 5
     given = "import torch\nsupport, query = torch.rand(5, 1, 28, 28, 1), torch.rand(75, 28, 28, 1)\n"
-    asked = code.replace("model.predict(", "found = model.predict(") + "print(found.shape, found.sum(1).allclose(torch.ones(75)))"
+    asked = (
+        code.replace("model.predict(", "found = model.predict(")
+        + "print(found.shape, found.sum(1).allclose(torch.ones(75)))"
+    )
     result = run("omniglot", given + asked, script="-c")
     assert result.stdout == "torch.Size([75, 5]) True\n", result.stderr
 
@@ -72,7 +104,9 @@ def test_the_ablations_are_flags():
     for flags in [ablations.WAYS, *ablations.TEST]:
         parsers["omniglot"](flags.split())
     for name, flags in ablations.TRAIN.items():
-        experiment, base = ("mimgnet", ablations.MINI) if name.startswith("mimgnet-") else ("omniglot", ablations.SHORT)
+        experiment, base = (
+            ("mimgnet", ablations.MINI) if name.startswith("mimgnet-") else ("omniglot", ablations.SHORT)
+        )
         before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
         assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
 
@@ -89,7 +123,10 @@ def test_other_ways_are_of_the_runs_themselves():
     ablations = load("results", "ablations")
     for name, variants in ablations.tested().items():
         if name.startswith("omniglot-"):
-            found, said = variants[ablations.WAYS], json.loads((ROOT / "results" / name / "test.json").read_text())
+            found, said = (
+                variants[ablations.WAYS],
+                json.loads((ROOT / "results" / name / "test.json").read_text()),
+            )
             for cell in said:
                 assert abs(found[cell]["accuracy"] - said[cell]["accuracy"]) < 0.05, (name, cell)
 
@@ -97,12 +134,22 @@ def test_other_ways_are_of_the_runs_themselves():
 @needs_shared_data
 def test_the_active_dimensions_are_those_of_the_checkpoints(omniglot_dir, tmp_path):
     for script in ("results", "omniglot"):
-        shutil.copytree(ROOT / script, tmp_path / script, ignore=shutil.ignore_patterns("runs", "ablations", "mimgnet*", "bench"))
+        shutil.copytree(
+            ROOT / script,
+            tmp_path / script,
+            ignore=shutil.ignore_patterns("runs", "ablations", "mimgnet*", "bench"),
+        )
     script = tmp_path / "results/ablations.py"
-    result = subprocess.run([sys.executable, script, "active", "--data-dir", omniglot_dir], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, script, "active", "--data-dir", omniglot_dir], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
-    found, said = (json.loads((place / "results/ablations/active.json").read_text()) for place in (tmp_path, ROOT))
-    assert found and all(said.get(name) == counts for name, counts in found.items()), "to be written again by ablations.py active"
+    found, said = (
+        json.loads((place / "results/ablations/active.json").read_text()) for place in (tmp_path, ROOT)
+    )
+    assert found and all(said.get(name) == counts for name, counts in found.items()), (
+        "to be written again by ablations.py active"
+    )
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
@@ -113,7 +160,12 @@ def test_a_run_says_how_it_was_made(folder):
     assert last["step"] == config["args"]["train_iters"]
     for checkpoint in folder.glob("*best.pt"):
         assert checkpoint.stat().st_size <= 4e6
-        assert torch.load(checkpoint, map_location="cpu", weights_only=True).keys() == {"model", "sizes", "step", "validation"}
+        assert torch.load(checkpoint, map_location="cpu", weights_only=True).keys() == {
+            "model",
+            "sizes",
+            "step",
+            "validation",
+        }
 
 
 def test_halved_weights(tmp_path):
@@ -123,7 +175,11 @@ def test_halved_weights(tmp_path):
     for _ in range(2):
         halve.halve(path)
         found = torch.load(path, weights_only=True)
-        assert found["step"] == 3 and found["model"]["weight"].equal(weights["weight"].half()) and found["model"]["count"].equal(weights["count"])
+        assert (
+            found["step"] == 3
+            and found["model"]["weight"].equal(weights["weight"].half())
+            and found["model"]["count"].equal(weights["count"])
+        )
     torch.save({"model": {"weight": torch.tensor([70000.0])}}, path)
     with pytest.raises(halve.UserError, match="best.pt: weights beyond float16"):
         halve.halve(path)
@@ -138,7 +194,9 @@ def assert_same_test(folder, out):
 
 
 @needs_shared_data
-@pytest.mark.parametrize("folder", [path for path in OMNIGLOT if list(path.glob("*best.pt"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder", [path for path in OMNIGLOT if list(path.glob("*best.pt"))], ids=lambda path: path.name
+)
 def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
     shots = [1, 5] if folder.name == "omniglot-5way-long" else [1]  # twenty ways take a minute for each
     flags = ["--eval-only", "--checkpoint", folder, "--test-shot", *shots]
@@ -148,20 +206,32 @@ def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
 
 
 @needs_shared_data
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "results").glob("simclr*/encoder.pt")))
+@pytest.mark.parametrize(
+    "name", sorted(path.parent.name for path in (ROOT / "results").glob("simclr*/encoder.pt"))
+)
 def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
-    """From the real test images through results/<name>/encoder.pt to the one-shot accuracy of the Mini-ImageNet runs on its features."""
+    """From the real test images through results/<name>/encoder.pt to one-shot accuracies on its features."""
     prepare = load("data/imgnet", "prepare")
-    rows, (found, _) = prepare.read_csv(shared_data / "imgnet/test.csv"), prepare.find_images(shared_data / "imgnet")
-    images = torch.from_numpy(np.stack([prepare.decode(found[filename]) for filename, _ in rows])).unflatten(0, (20, 600))
+    rows, (found, _) = (
+        prepare.read_csv(shared_data / "imgnet/test.csv"),
+        prepare.find_images(shared_data / "imgnet"),
+    )
+    images = torch.from_numpy(np.stack([prepare.decode(found[filename]) for filename, _ in rows])).unflatten(
+        0, (20, 600)
+    )
     runtime, path = load("simclr", "runtime"), ROOT / "results" / name / "encoder.pt"
     encoder, checkpoint = load("simclr", "model").load_model(path), runtime.load_checkpoint(path)
-    np.save(tmp_path / "test_features.npy", load("simclr", "export").encode_all(encoder, images).flatten(0, 1).numpy())
+    np.save(
+        tmp_path / "test_features.npy",
+        load("simclr", "export").encode_all(encoder, images).flatten(0, 1).numpy(),
+    )
     about = {"train_epochs": checkpoint["epoch"], **checkpoint.get("training", {})}
     runs = [folder for folder in MIMGNET if about.items() <= runtime.read_config(folder)["features"].items()]
     assert runs
     for folder in runs:
         flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1, "--images-per-class", 600]
-        result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / folder.name, *flags, timeout=300)
+        result = run(
+            "mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / folder.name, *flags, timeout=300
+        )
         assert result.returncode == 0, result.stderr
         assert_same_test(folder, tmp_path / folder.name)

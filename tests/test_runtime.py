@@ -79,7 +79,9 @@ def test_only_what_a_user_can_put_right_is_said_in_one_line(capfd):
         with pytest.raises(SystemExit, match="2"), machine.program():
             raise error
         (line,) = capfd.readouterr().err.splitlines()
-        assert "error: " in line and "a flag" in line and ("not enough memory" in line) == (error in no_memory)
+        assert (
+            "error: " in line and "a flag" in line and ("not enough memory" in line) == (error in no_memory)
+        )
     for error in (RuntimeError("shapes"), FileNotFoundError("a file of somebody's own code")):
         with pytest.raises(type(error)), machine.program():
             raise error
@@ -98,8 +100,13 @@ def test_a_moving_average_is_what_last_pt_stands_for(tmp_path):
 
 def test_a_run_differs_in_one_line():
     before = {"args": {"lr": 1, "way": 5, "seed": 0}, "precision": "fp32", "data": {"train": 1, "test": 2}}
-    after = {"args": {"lr": 2, "way": 20, "seed": 0, "new": 3}, "precision": "bf16", "data": {"train": 2, "test": 3}}
-    said = "--lr: 2 found, 1 expected; --data-dir: train data of 2 found, 1 expected; --precision: bf16 found, fp32 expected"
+    after = {
+        "args": {"lr": 2, "way": 20, "seed": 0, "new": 3},
+        "precision": "bf16",
+        "data": {"train": 2, "test": 3},
+    }
+    said = "--lr: 2 found, 1 expected; --data-dir: train data of 2 found, 1 expected; "
+    said += "--precision: bf16 found, fp32 expected"
     assert runtime.differences(after, before, {"way"}) == said and not runtime.differences(after, after, ())
 
 
@@ -126,7 +133,9 @@ def test_signals_are_caught_in_training_only(capfd):
     before = signal.getsignal(signal.SIGTERM)
     with machine.catch_stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
+        assert (
+            stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        )  # a second one ends it
     assert signal.getsignal(signal.SIGTERM) == before
     assert "stopping" in capfd.readouterr().err
 
@@ -143,7 +152,9 @@ with program():
 """
 
 
-@pytest.mark.parametrize("how", ["2>&-", ">&-", "2>&- >&-", "2>/dev/full", ">/dev/full", "2> >(true)", "> >(true)"])
+@pytest.mark.parametrize(
+    "how", ["2>&-", ">&-", "2>&- >&-", "2>/dev/full", ">/dev/full", "2> >(true)", "> >(true)"]
+)
 def test_output_that_nobody_reads_ends_no_run(how):
     """Closed, on a full disk, or a pipe whose reader has gone."""
     command = ["bash", "-c", f'"$0" -c "$1" {how}', sys.executable, HEARD]

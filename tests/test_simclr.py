@@ -21,14 +21,19 @@ def generator(seed=0):
 def images(count, seed=0):
     """Random uint8 images with structure at every scale."""
     fine = torch.rand(count, 84, 84, 3, generator=generator(seed))
-    coarse = torch.rand(count, 4, 4, 3, generator=generator(seed + 1)).repeat_interleave(21, 1).repeat_interleave(21, 2)
+    coarse = (
+        torch.rand(count, 4, 4, 3, generator=generator(seed + 1))
+        .repeat_interleave(21, 1)
+        .repeat_interleave(21, 2)
+    )
     return (255 * (0.3 * fine + 0.7 * coarse)).byte()
 
 
 def test_published_defaults():
     args = vars(main.parse_args([]))
     published = dict(
-        batch_size=512, train_epochs=400, lr=1e-3, temperature=0.5, weight_decay=0.0, hidden_size=64, way=5, query=15,
+        batch_size=512, train_epochs=400, lr=1e-3, temperature=0.5, weight_decay=0.0, hidden_size=64, way=5,
+        query=15,
         eval_episodes=1000, test_shot=[1, 5, 20, 50], export="last",
     )  # fmt: skip
     assert {name: args[name] for name in published} == published
@@ -89,7 +94,11 @@ def test_views_of_an_image_are_no_rivals_of_each_other():
 def test_parameter_counts():
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     encoder = model.Encoder()
-    assert count(encoder) == 150_144 and count(encoder.blocks[0]) == 1_920 and count(model.projection_head()) == 98_688
+    assert (
+        count(encoder) == 150_144
+        and count(encoder.blocks[0]) == 1_920
+        and count(model.projection_head()) == 98_688
+    )
     assert model.projection_head()(encoder(torch.randn(2, 3, 84, 84))).shape == (2, 128)
 
 
@@ -173,7 +182,10 @@ def test_bf16_gives_float32_features_close_to_the_others():
 # --- the views ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, low, high", [("brightness", 0.2, 1.8), ("contrast", 0.2, 1.8), ("saturation", 0.2, 1.8), ("hue", -0.2, 0.2)])
+@pytest.mark.parametrize(
+    "name, low, high",
+    [("brightness", 0.2, 1.8), ("contrast", 0.2, 1.8), ("saturation", 0.2, 1.8), ("hue", -0.2, 0.2)],
+)
 def test_colour_operations_are_torchvisions(name, low, high):
     x = images(12).permute(0, 3, 1, 2).float() / 255
     x[0], x[1, 1:] = 0.4, x[1, :1]  # one flat, one grey
@@ -186,7 +198,10 @@ def test_colour_operations_are_torchvisions(name, low, high):
 
 @pytest.mark.parametrize("size", [84, 64])
 def test_a_view_is_torchvisions_for_the_same_draws(size):
-    """Crop, flip, the four operations in the image's own order, greyscale, on 64 independent draws at once; smaller views without antialiasing."""
+    """Crop, flip, the four operations in the image's own order, greyscale, on 64 independent draws at once.
+
+    Smaller views without antialiasing.
+    """
     names = ["brightness", "contrast", "saturation", "hue"]
     x, draws = images(64), data.draw_views(64, generator(3))
     before = x.clone()
@@ -194,7 +209,9 @@ def test_a_view_is_torchvisions_for_the_same_draws(size):
     assert views.shape == (64, 3, size, size)
     for i, (box, flip, factors, order, grey) in enumerate(zip(*draws)):
         left, top, width, height = map(int, box)
-        y = TF.resized_crop(x[i].permute(2, 0, 1).float() / 255, top, left, height, width, [size, size], antialias=size == 84)
+        y = TF.resized_crop(
+            x[i].permute(2, 0, 1).float() / 255, top, left, height, width, [size, size], antialias=size == 84
+        )
         y = TF.hflip(y) if flip else y
         for o in order.tolist():
             y = getattr(TF, f"adjust_{names[o]}")(y, factors[o].item()) if o >= 0 else y
@@ -224,11 +241,15 @@ def test_crops_are_distributed_as_torchvisions(scale):
     left, top, width, height = data.draw_crops(n, generator(), scale).T
     critical = 1.95 * math.sqrt(2 / n)  # passed by chance with probability 1e-3
     for name, a, b in (
-        ("area", width * height, t_width * t_height), ("ratio", width / height, t_width / t_height), ("width", width, t_width),
-        ("left", left, t_left), ("top", top, t_top), ("right", left + width, t_left + t_width), ("bottom", top + height, t_top + t_height),
+        ("area", width * height, t_width * t_height), ("ratio", width / height, t_width / t_height),
+        ("width", width, t_width),
+        ("left", left, t_left), ("top", top, t_top), ("right", left + width, t_left + t_width), ("bottom",
+        top + height, t_top + t_height),
     ):  # fmt: skip
         assert ks_distance(a, b) < critical, name
-    assert (left >= 0).all() and (top >= 0).all() and (left + width <= 84).all() and (top + height <= 84).all()
+    assert (
+        (left >= 0).all() and (top >= 0).all() and (left + width <= 84).all() and (top + height <= 84).all()
+    )
     assert scale - 0.01 < (width * height / 84**2).min() < scale + 0.02 and (width / height).max() < 1.45
 
 
@@ -240,10 +261,14 @@ def test_jitter_is_distributed_as_torchvisions(strength, hue):
     theirs = [ColorJitter.get_params(*ranges) for _ in range(n)]
     factors, order = data.draw_jitter(n, generator(), strength, hue)
     for i, (low, high) in enumerate(ranges):
-        assert ks_distance(factors[:, i], torch.tensor([draw[i + 1] for draw in theirs])) < 1.95 * math.sqrt(2 / n)
+        assert ks_distance(factors[:, i], torch.tensor([draw[i + 1] for draw in theirs])) < 1.95 * math.sqrt(
+            2 / n
+        )
         assert factors[:, i].min() >= low and factors[:, i].max() <= high
     assert factors.T.corrcoef().fill_diagonal_(0).abs().max() < 0.06  # independent of one another
-    assert torch.stack([factors[:-1, 0], factors[1:, 0]]).corrcoef()[0, 1].abs() < 0.06  # and of the next image's
+    assert (
+        torch.stack([factors[:-1, 0], factors[1:, 0]]).corrcoef()[0, 1].abs() < 0.06
+    )  # and of the next image's
     jittered = order[(order >= 0).all(-1)]
     assert ((order >= 0).all(-1) | (order < 0).all(-1)).all() and abs(len(jittered) / n - 0.8) < 0.02
     permutations, counts = jittered.unique(dim=0, return_counts=True)
@@ -255,7 +280,14 @@ def test_jitter_is_distributed_as_torchvisions(strength, hue):
 def test_shares_of_flipped_and_grey_views():
     boxes, flip, factors, order, grey = data.draw_views(6000, generator())
     assert abs(flip.float().mean() - 0.5) < 0.025 and abs(grey.float().mean() - 0.2) < 0.02
-    assert torch.stack([flip.float(), grey.float(), (order[:, 0] >= 0).float(), boxes[:, 2]]).corrcoef().fill_diagonal_(0).abs().max() < 0.05
+    assert (
+        torch.stack([flip.float(), grey.float(), (order[:, 0] >= 0).float(), boxes[:, 2]])
+        .corrcoef()
+        .fill_diagonal_(0)
+        .abs()
+        .max()
+        < 0.05
+    )
 
 
 def test_the_two_views_of_an_image_differ_and_repeat_with_the_seed():
@@ -263,7 +295,9 @@ def test_the_two_views_of_an_image_differ_and_repeat_with_the_seed():
     views = data.training_views(x, generator(5))
     assert views.shape == (80, 3, 84, 84) and views.isfinite().all()
     assert all((views[i] - views[i + 40]).abs().mean() > 1e-3 for i in range(40))
-    assert views.equal(data.training_views(x, generator(5))) and not views.equal(data.training_views(x, generator(6)))
+    assert views.equal(data.training_views(x, generator(5))) and not views.equal(
+        data.training_views(x, generator(6))
+    )
     low, high = data.normalise(torch.zeros(1, 3, 1, 1)), data.normalise(torch.ones(1, 3, 1, 1))
     assert (views >= low - 1e-5).all() and (views <= high + 1e-5).all()
 
@@ -296,7 +330,9 @@ def test_the_published_views_are_the_default():
 def test_epochs_see_every_image_once_in_another_order():
     first, second = (data.epoch_order(torch.empty(50, 1), 0, epoch) for epoch in (0, 1))
     assert first.sort().values.equal(torch.arange(50)) and not first.equal(second)
-    assert first.equal(data.epoch_order(torch.empty(50, 1), 0, 0)) and not first.equal(data.epoch_order(torch.empty(50, 1), 1, 0))
+    assert first.equal(data.epoch_order(torch.empty(50, 1), 0, 0)) and not first.equal(
+        data.epoch_order(torch.empty(50, 1), 1, 0)
+    )
 
 
 # --- evaluation and schedule ----------------------------------------------------------------------
@@ -307,24 +343,35 @@ def test_learning_rate_is_constant_then_falls_to_zero():
     args = main.parse_args(["--train-epochs", "40"])
     assert all(main.learning_rate(e, args) == 1e-3 for e in (0, 3.7, 10))
     rates = [main.learning_rate(10 + i / 10, args) for i in range(301)]
-    assert all(a > b for a, b in zip(rates, rates[1:])) and rates[150] == pytest.approx(5e-4) and rates[-1] == pytest.approx(0, abs=1e-12)
+    assert (
+        all(a > b for a, b in zip(rates, rates[1:]))
+        and rates[150] == pytest.approx(5e-4)
+        and rates[-1] == pytest.approx(0, abs=1e-12)
+    )
     assert main.learning_rate(2.9, main.parse_args(["--train-epochs", "3"])) == 1e-3
     args = main.parse_args(["--train-epochs", "12", "--constant-epochs", "0"])
     assert [main.learning_rate(e, args) for e in (0, 6, 12)] == pytest.approx([1e-3, 5e-4, 0])
 
 
 def test_episode_accuracies_against_loops():
-    main = load("simclr", "main")
     features = torch.randn(6, 12, 5, generator=generator()) + 2 * torch.randn(6, 1, 5, generator=generator(1))
     episodes = data.draw_episodes(features, 4, 2, 3, 7, seed=1)
-    assert (episodes // 12 == (episodes // 12)[:, :, :1]).all() and all(e.unique().numel() == 20 for e in episodes)
+    assert (episodes // 12 == (episodes // 12)[:, :, :1]).all() and all(
+        e.unique().numel() == 20 for e in episodes
+    )
     flat = features.flatten(0, 1)
     accuracy = load("simclr", "fewshot").nearest_mean(flat, episodes, 2)
     for e, got in zip(episodes, accuracy):
         means = [flat[row[:2]].mean(0) for row in e]
-        right = [min(range(4), key=lambda k: (flat[i] - means[k]).norm()) == c for c, row in enumerate(e) for i in row[2:]]
+        right = [
+            min(range(4), key=lambda k: (flat[i] - means[k]).norm()) == c
+            for c, row in enumerate(e)
+            for i in row[2:]
+        ]
         assert got == pytest.approx(100 * sum(right) / 12)
     by_regression = load("simclr", "fewshot").logistic_regression(flat, episodes, 2)
     assert by_regression.shape == (7,) and abs(by_regression.mean() - accuracy.mean()) < 20
     far = flat + 100 * torch.eye(6, 5).repeat_interleave(12, 0)
-    assert (load("simclr", "fewshot").nearest_mean(far, episodes, 2) == 100).all() and (load("simclr", "fewshot").logistic_regression(far, episodes, 2) == 100).all()
+    assert (load("simclr", "fewshot").nearest_mean(far, episodes, 2) == 100).all() and (
+        load("simclr", "fewshot").logistic_regression(far, episodes, 2) == 100
+    ).all()

@@ -23,7 +23,8 @@ from test_imgnet import make_source
 
 data, model = load("simclr", "dataloader"), load("simclr", "model")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads would only wait for each other over models this small
-TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --way 2 --query 1 --eval-episodes 6 --test-shot 1 2 --device cpu".split()
+TINY = "--hidden-size 4 --batch-size 8 --train-epochs 3 --freq-epochs 2 --eval-episodes 6 --device cpu"
+TINY = [*TINY.split(), *"--way 2 --query 1 --test-shot 1 2".split()]
 
 # What features.json says of a run with these flags, beside the checksums.
 TINY_FEATURES = {
@@ -59,7 +60,17 @@ def data_dir(source_dir):
 def whole_run(data_dir, tmp_path_factory):
     """A finished tiny run with its probe: (its folder, its features' folder, its flags)."""
     place = tmp_path_factory.mktemp("run")
-    result = run("simclr", "--data-dir", data_dir, "--save-dir", place / "whole", "--feature-save-dir", place / "features", "--probe", *TINY)
+    result = run(
+        "simclr",
+        "--data-dir",
+        data_dir,
+        "--save-dir",
+        place / "whole",
+        "--feature-save-dir",
+        place / "features",
+        "--probe",
+        *TINY,
+    )
     assert result.returncode == 0, result.stderr
     return place / "whole", place / "features", ["--data-dir", data_dir, *TINY]
 
@@ -71,7 +82,10 @@ def metrics(folder):
 
 
 def read_features(folder):
-    return {split: np.load(folder / f"{split}_features.npy", allow_pickle=False) for split in ("train", "val", "test")}
+    return {
+        split: np.load(folder / f"{split}_features.npy", allow_pickle=False)
+        for split in ("train", "val", "test")
+    }
 
 
 def assert_same_run(a, features_a, b, features_b):
@@ -85,13 +99,35 @@ def assert_same_run(a, features_a, b, features_b):
 
 def test_a_run_leaves_its_files(whole_run):
     folder, features, _ = whole_run
-    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "encoder.pt", "test.json", "tb_log"}
-    assert {path.name for path in features.iterdir()} == {"train_features.npy", "val_features.npy", "test_features.npy", "features.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "last.pt",
+        "best.pt",
+        "encoder.pt",
+        "test.json",
+        "tb_log",
+    }
+    assert {path.name for path in features.iterdir()} == {
+        "train_features.npy",
+        "val_features.npy",
+        "test_features.npy",
+        "features.json",
+    }
     arrays = read_features(features)
-    assert {split: array.shape for split, array in arrays.items()} == {"train": (24, 16), "val": (18, 16), "test": (12, 16)}
-    assert all(array.dtype == np.float32 and np.isfinite(array).all() and array.std() > 0 for array in arrays.values())
+    assert {split: array.shape for split, array in arrays.items()} == {
+        "train": (24, 16),
+        "val": (18, 16),
+        "test": (12, 16),
+    }
+    assert all(
+        array.dtype == np.float32 and np.isfinite(array).all() and array.std() > 0
+        for array in arrays.values()
+    )
     lines = metrics(folder)
-    assert [(line["epoch"], line["step"]) for line in lines] == [(2, 6), (3, 9)] and all(0 < line["nt_xent"] < 20 for line in lines)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(2, 6), (3, 9)] and all(
+        0 < line["nt_xent"] < 20 for line in lines
+    )
     assert lines[0].keys() == {"epoch", "step", "nt_xent", "2way1shot", "2way5shot"}
     scores = json.loads((folder / "test.json").read_text())
     assert scores.keys() == {"2way1shot", "2way2shot"}
@@ -124,7 +160,17 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     sums = {split: zlib.crc32(array) for split, array in read_features(features).items()}
     assert said.pop("encoder_crc32") > 0 and said.pop("crc32") == sums and said == TINY_FEATURES
     copy = shutil.copytree(folder, tmp_path / "whole")  # whose encoder.pt becomes the best one
-    result = run("simclr", *flags, "--export-only", "--export", "best", "--save-dir", copy, "--feature-save-dir", tmp_path / "best")
+    result = run(
+        "simclr",
+        *flags,
+        "--export-only",
+        "--export",
+        "best",
+        "--save-dir",
+        copy,
+        "--feature-save-dir",
+        tmp_path / "best",
+    )
     assert result.returncode == 0, result.stderr
     best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
     same = all(best[key].equal(final[key]) for key in best)
@@ -148,8 +194,13 @@ def test_kill_and_resume_end_as_if_never_interrupted(whole_run, tmp_path):
     folder, features, flags = whole_run
     flags = [*flags, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
     command = [sys.executable, "-c", DIES, *map(str, flags)]
-    killed = subprocess.run(command, cwd=ROOT / "simclr", env=os.environ | ONE_THREAD, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL and torch.load(tmp_path / "s/last.pt", weights_only=True)["step"] == 5
+    killed = subprocess.run(
+        command, cwd=ROOT / "simclr", env=os.environ | ONE_THREAD, capture_output=True, timeout=120
+    )
+    assert (
+        killed.returncode == -signal.SIGKILL
+        and torch.load(tmp_path / "s/last.pt", weights_only=True)["step"] == 5
+    )
     result = run("simclr", *flags, "--resume")
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
@@ -172,7 +223,11 @@ def test_a_polite_stop_leaves_a_checkpoint(whole_run, tmp_path):
     folder, features, flags = whole_run
     flags = [*flags, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
     result = run("simclr", STOPPED, *flags, script="-c")
-    assert result.returncode == 128 + signal.SIGTERM and "--resume continues" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 128 + signal.SIGTERM
+        and "--resume continues" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert torch.load(tmp_path / "s/last.pt", weights_only=True)["step"] == 4
     assert run("simclr", *flags, "--resume").returncode == 0
     assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
@@ -190,7 +245,11 @@ def test_a_prototypical_run_resumes_as_if_never_interrupted(data_dir, tmp_path):
     assert metrics(whole)[0].keys() == {"epoch", "step", "prototypical", "2way1shot", "2way5shot"}
     said = json.loads((features / "features.json").read_text())
     views = {"views": 4, "view_size": 64, "crop_scale": 0.2, "jitter": 0.4, "hue": 0.1}
-    assert said.pop("encoder_crc32") > 0 and said.pop("crc32") and said == TINY_FEATURES | views | {"loss": "prototypical"}
+    assert (
+        said.pop("encoder_crc32") > 0
+        and said.pop("crc32")
+        and said == TINY_FEATURES | views | {"loss": "prototypical"}
+    )
     assert said == said | torch.load(whole / "encoder.pt", weights_only=True)["training"]
     flags = [*flags, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
     assert run("simclr", STOPPED, *flags, script="-c").returncode == 128 + signal.SIGTERM
@@ -222,7 +281,16 @@ def test_a_smoke_run_keeps_its_features_to_itself():
 
 def test_the_original_layout_is_prepared_first(whole_run, source_dir, tmp_path):
     folder, features, _ = whole_run
-    result = run("simclr", "--data-dir", source_dir, *TINY, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f")
+    result = run(
+        "simclr",
+        "--data-dir",
+        source_dir,
+        *TINY,
+        "--save-dir",
+        tmp_path / "s",
+        "--feature-save-dir",
+        tmp_path / "f",
+    )
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
     assert (tmp_path / "s/data/classes.json").exists()
@@ -255,12 +323,17 @@ def test_arrays_of_other_images_are_not_used(source_dir, other_dir, tmp_path):
     assert trained_on() == zlib.crc32(arrays)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for flags in (["--resume"], ["--export-only"], []):
-        fails(start(source_dir, *flags), f"--source: other images found than those that {folder / 'data'} was made from")
+        fails(
+            start(source_dir, *flags),
+            f"--source: other images found than those that {folder / 'data'} was made from",
+        )
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert start(other_dir, "--resume").returncode == 0 and start(other_dir, "--export-only").returncode == 0
     exported = []
     for source in (other_dir, source_dir):
-        result = start(source, "--export-only", "--checkpoint", folder / "encoder.pt", place=tmp_path / "export")
+        result = start(
+            source, "--export-only", "--checkpoint", folder / "encoder.pt", place=tmp_path / "export"
+        )
         assert result.returncode == 0, result.stderr
         assert ("other train data than those of the run" in result.stdout) == (source == source_dir)
         exported.append(np.load(features / "train_features.npy"))
@@ -272,13 +345,40 @@ def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):
     copy.mkdir()
     for path in (ROOT / "simclr").glob("*.py"):
         (copy / path.name).write_text(path.read_text())
-    result = run(copy, "--data-dir", data_dir, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f", "--debug", "--way", 2, "--query", 1)
+    result = run(
+        copy,
+        "--data-dir",
+        data_dir,
+        "--save-dir",
+        tmp_path / "s",
+        "--feature-save-dir",
+        tmp_path / "f",
+        "--debug",
+        "--way",
+        2,
+        "--query",
+        1,
+    )
     assert result.returncode == 0, result.stderr
-    fails(run(copy, "--data-dir", source_dir, "--save-dir", tmp_path / "s2"), "data/imgnet/prepare.py", source_dir)
+    fails(
+        run(copy, "--data-dir", source_dir, "--save-dir", tmp_path / "s2"),
+        "data/imgnet/prepare.py",
+        source_dir,
+    )
 
 
 def test_contact_sheet(data_dir, tmp_path):
-    result = run("simclr", "--data-dir", data_dir, "--contact-sheet", tmp_path / "sheet.png", "--save-dir", tmp_path / "s", "--device", "cpu")
+    result = run(
+        "simclr",
+        "--data-dir",
+        data_dir,
+        "--contact-sheet",
+        tmp_path / "sheet.png",
+        "--save-dir",
+        tmp_path / "s",
+        "--device",
+        "cpu",
+    )
     assert result.returncode == 0, result.stderr
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert picture.shape == (4 * 84, 10 * 84, 3) and not (tmp_path / "s").exists()
@@ -319,12 +419,27 @@ def fails_here(capsys, monkeypatch, words, *args):
     (["x.pt: not found"], ["--export-only", "--checkpoint", "x.pt"]),
     (["last.pt: not found"], ["--export-only"]),
     (["--resume is of training", "--export-only found"], ["--export-only", "--resume"]),
-    (["--export best is of the run", "--checkpoint found"], ["--export-only", "--checkpoint", "x.pt", "--export", "best"]),
+    (
+        ["--export best is of the run", "--checkpoint found"],
+        ["--export-only", "--checkpoint", "x.pt", "--export", "best"],
+    ),
     (["--way: 1 found", "--probe"], ["--probe", "--way", 1]),
     (["--feature-save-dir", "/dev/null"], ["--feature-save-dir", "/dev/null"]),
 ])  # fmt: skip
 def test_wrong_flags(capsys, monkeypatch, data_dir, tmp_path, words, flags):
-    fails_here(capsys, monkeypatch, words, "--data-dir", data_dir, *TINY, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f", *flags)
+    fails_here(
+        capsys,
+        monkeypatch,
+        words,
+        "--data-dir",
+        data_dir,
+        *TINY,
+        "--save-dir",
+        tmp_path / "s",
+        "--feature-save-dir",
+        tmp_path / "f",
+        *flags,
+    )
     assert not (tmp_path / "f").exists() and not (tmp_path / "s/last.pt").exists()
 
 
@@ -359,24 +474,61 @@ def test_folders_and_checkpoints_that_are_taken_or_foreign(capsys, monkeypatch, 
     place = [*flags, "--save-dir", folder, "--feature-save-dir", tmp_path / "f"]
     fails_here(capsys, monkeypatch, ["holds another run", "--resume"], *place)
     fails_here(capsys, monkeypatch, ["--lr: 0.1 found, 0.001 expected"], *place, "--resume", "--lr", 0.1)
-    fails_here(capsys, monkeypatch, ["holds a training run"], *place, "--export-only", "--checkpoint", folder / "best.pt")
+    fails_here(
+        capsys,
+        monkeypatch,
+        ["holds a training run"],
+        *place,
+        "--export-only",
+        "--checkpoint",
+        folder / "best.pt",
+    )
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     foreign, network = tmp_path / "foreign.pt", model.Encoder(4)
     torch.nn.init.constant_(network.blocks[0].norm.bias, float("nan"))
     torch.save({"model": network.state_dict(), "sizes": network.sizes}, tmp_path / "nan.pt")
-    fails_here(capsys, monkeypatch, ["nan.pt", "NaN"], *flags, "--save-dir", tmp_path / "s", "--export-only", "--checkpoint", tmp_path / "nan.pt")
-    for content, words in ((b"garbage", "not a readable checkpoint"), ({"model": {}, "sizes": {"latent_size": 3}}, "not a checkpoint of this experiment")):
+    fails_here(
+        capsys,
+        monkeypatch,
+        ["nan.pt", "NaN"],
+        *flags,
+        "--save-dir",
+        tmp_path / "s",
+        "--export-only",
+        "--checkpoint",
+        tmp_path / "nan.pt",
+    )
+    for content, words in (
+        (b"garbage", "not a readable checkpoint"),
+        ({"model": {}, "sizes": {"latent_size": 3}}, "not a checkpoint of this experiment"),
+    ):
         foreign.write_bytes(content) if isinstance(content, bytes) else torch.save(content, foreign)
-        fails_here(capsys, monkeypatch, [foreign, words], *flags, "--save-dir", tmp_path / "s", "--export-only", "--checkpoint", foreign)
+        fails_here(
+            capsys,
+            monkeypatch,
+            [foreign, words],
+            *flags,
+            "--save-dir",
+            tmp_path / "s",
+            "--export-only",
+            "--checkpoint",
+            foreign,
+        )
 
 
 def test_errors_end_in_one_line_in_a_process_of_its_own(source_dir, tmp_path):
-    fails(run("simclr", "--data-dir", tmp_path / "none", "--save-dir", tmp_path / "s"), "none/train.npy: not found")
+    fails(
+        run("simclr", "--data-dir", tmp_path / "none", "--save-dir", tmp_path / "s"),
+        "none/train.npy: not found",
+    )
     broken = tmp_path / "broken"
     broken.mkdir()
     for split in ("train", "val", "test"):
         (broken / f"{split}.csv").write_text((source_dir / f"{split}.csv").read_text())
-    fails(run("simclr", "--data-dir", broken, "--save-dir", tmp_path / "s"), "train.csv: 24 of 24 images missing")
+    fails(
+        run("simclr", "--data-dir", broken, "--save-dir", tmp_path / "s"),
+        "train.csv: 24 of 24 images missing",
+    )
     assert not (tmp_path / "s").exists()
 
 
@@ -385,7 +537,10 @@ def test_errors_end_in_one_line_in_a_process_of_its_own(source_dir, tmp_path):
 
 @needs_shared_data
 def test_the_chain_on_real_images(tmp_path):
-    """A few hundred real images, as they lie in the zips: prepared, trained on for four steps, exported, probed."""
+    """A few hundred real images, as they lie in the zips.
+
+    Prepared, trained on for four steps, exported, probed.
+    """
     source, members = tmp_path / "source", 20
     source.mkdir()
     archives = [zipfile.ZipFile(path) for path in sorted((shared_data / "imgnet").glob("*.zip"))]
@@ -399,7 +554,23 @@ def test_the_chain_on_real_images(tmp_path):
                 name = "images/" + row.split(",")[0]
                 out.writestr(name, places[name.split("/")[-1]].read(name))
     place = ["--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
-    result = run("simclr", "--data-dir", source, *place, "--debug", "--view-size", 64, "--hidden-size", 16, "--probe", "--test-shot", 1, 5)
+    result = run(
+        "simclr",
+        "--data-dir",
+        source,
+        *place,
+        "--debug",
+        "--view-size",
+        64,
+        "--hidden-size",
+        16,
+        "--probe",
+        "--test-shot",
+        1,
+        5,
+    )
     assert result.returncode == 0, result.stderr
-    assert {split: array.shape for split, array in read_features(tmp_path / "f").items()} == dict.fromkeys(("train", "val", "test"), (100, 64))
+    assert {split: array.shape for split, array in read_features(tmp_path / "f").items()} == dict.fromkeys(
+        ("train", "val", "test"), (100, 64)
+    )
     assert json.loads((tmp_path / "s/test.json").read_text())["5way5shot"]["accuracy"] > 20  # chance

@@ -142,14 +142,15 @@ def plain(image):
 
 
 @lru_cache
-def open_zip(path):
+def open_zip(path, process):
+    """Open a zip once for each process: a forked one would share its parent's place in the file."""
     return zipfile.ZipFile(path)
 
 
 def load(place):
     """Read an image's file, loose or in a zip."""
     archive, path = place
-    return open_zip(archive).read(path) if archive else Path(path).read_bytes()
+    return open_zip(archive, os.getpid()).read(path) if archive else Path(path).read_bytes()
 
 
 def decode(place):
