@@ -54,10 +54,8 @@ def glibc():
 
 
 def use_allocator(version):
-    """`keep_memory` is part of our version only. For the plain one.
-
-    A stock process, whose thresholds have risen to their highest.
-    """
+    """`keep_memory` is part of our version only. For the plain one: a stock process, whose thresholds have
+    risen to their highest."""
     libc = glibc()
     if version == "ours":
         machine.keep_memory()
@@ -81,10 +79,8 @@ def resident(field):
 
 
 def peak_of(call, device):
-    """(result, peak of the memory that a call adds to what was there before, in bytes).
-
-    None where nothing tells.
-    """
+    """(result, peak of the memory that a call adds to what was there before, in bytes); None where nothing
+    tells."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -113,10 +109,8 @@ def seconds(call, device, repeat=1):
 
 
 def first_calls(call, device, warm_up):
-    """The warm-up.
-
-    (first result, FLOP of its matrix products and convolutions, peak memory or None, seconds).
-    """
+    """The warm-up: (first result, FLOP of its matrix products and convolutions, peak memory or None,
+    seconds)."""
     observed = [peak_of(call, device) for _ in range(warm_up)]
     with FlopCounterMode(display=False) as counter:  # under which torch.compile stands aside
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
@@ -129,10 +123,8 @@ def first_calls(call, device, warm_up):
 
 
 def measure(pair, device, baseline, repeat):
-    """The pair's row of the JSON file.
-
-    Its `difference` of the two versions' results is to stay below its `tolerance`.
-    """
+    """The pair's row of the JSON file; its `difference` of the two versions' results is to stay below its
+    `tolerance`."""
     versions = {"ours": pair.ours} | ({"plain": pair.plain} if baseline else {})
     rounds, results, plans, samples = (
         3 if baseline else 1,

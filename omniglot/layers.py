@@ -1,7 +1,5 @@
-"""The decoder's transposed convolutions in forms that are fast on a CPU.
-
-Elsewhere PyTorch's own layer runs.
-"""
+"""The decoder's transposed convolutions in forms that are fast on a CPU; elsewhere PyTorch's own layer
+runs."""
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +29,8 @@ class ConvTranspose(nn.ConvTranspose2d):
 
 
 def frozen_bias(conv):
-    """Freeze a convolution's bias at zero where a batch norm follows.
-
-    Normalising would take it away again.
-    """
+    """Freeze a convolution's bias at zero where a batch norm follows: normalising would take it away
+    again."""
     conv.bias.requires_grad_(False).zero_()
     return conv
 

@@ -101,11 +101,8 @@ def active_dims(mean, log_var):
 
 
 def active(data_dir):
-    """{training.
-
-    [active dimensions, latent size]} of every Omniglot model in results/, on the validation images in sets of
-    200.
-    """
+    """{training: [active dimensions, latent size]} of every Omniglot model in results/, on the validation
+    images in sets of 200."""
     sys.path.insert(0, str(RESULTS.parent / "omniglot"))
     import torch
     from dataloader import draw_sets, load_split
@@ -145,10 +142,8 @@ def tested():
 
 
 def other_ways():
-    """{Omniglot run without its seed.
-
-    [test.json at every number of ways, of each seed]}, as far as `ways` was run.
-    """
+    """{Omniglot run without its seed: [test.json at every number of ways, of each seed]}, as far as `ways`
+    was run."""
     runs = {}
     for run, variants in tested().items():
         if run.startswith("omniglot-") and WAYS in variants:
@@ -157,10 +152,8 @@ def other_ways():
 
 
 def plot():
-    """ways.png: accuracy over the number of ways, shaded between the seeds of a run; kl.png.
-
-    The KL term and the accuracy while the warm-ups differ.
-    """
+    """ways.png: accuracy over the number of ways, shaded between the seeds of a run; kl.png: the KL term and
+    the accuracy while the warm-ups differ."""
     import matplotlib
 
     matplotlib.use("Agg")

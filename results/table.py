@@ -122,10 +122,8 @@ def recipe(experiment, run):
 
 
 def simclr(features):
-    """What features.json says of another SimCLR than the published one, but for its length.
-
-    Nothing if it is that.
-    """
+    """What features.json says of another SimCLR than the published one, but for its length; nothing if it is
+    that."""
     found = SIMCLR | {
         name: features[name] for name in SIMCLR if name in features
     }  # older than the two flags: the published ones
@@ -137,10 +135,8 @@ def simclr(features):
 
 
 def score(seeds, cell):
-    """(mean, spread) of a cell over the tests of a run's seeds.
-
-    Of one its 95 % interval, of several the values themselves.
-    """
+    """(mean, spread) of a cell over the tests of a run's seeds: of one its 95 % interval, of several the
+    values themselves."""
     cells = [test[cell] for test in seeds]
     accuracies = [c["accuracy"] for c in cells]
     return statistics.fmean(accuracies), ", ".join(f"{c['accuracy']:.2f} ± {c['ci95']:.2f}" for c in cells)
@@ -165,11 +161,8 @@ def device(run):
 
 
 def rows(experiment, runs):
-    """(recipe, {cell.
-
-    Accuracy and difference to the paper's}, run) of each of our runs, after what of the published recipe
-    nobody ran at full length.
-    """
+    """(recipe, {cell: accuracy and difference to the paper's}, run) of each of our runs, after what of the
+    published recipe nobody ran at full length."""
     cells = {cell: published for (of, _, cell), published in PUBLISHED.items() if of == experiment}
     made_by = {
         name: recipe(experiment, seeds[0])
@@ -200,10 +193,8 @@ def rows(experiment, runs):
 
 
 def table(names=None):
-    """The result tables in Markdown.
-
-    For each data set the published cells, and each of our runs of them, or those of `names`.
-    """
+    """The result tables in Markdown: for each data set the published cells, and each of our runs of them, or
+    those of `names`."""
     runs, parts = {name: seeds for name, seeds in read_runs().items() if names is None or name in names}, []
     for experiment, title in NAMES.items():
         cells = {cell: published for (of, _, cell), published in PUBLISHED.items() if of == experiment}
@@ -345,10 +336,8 @@ def demo():
 
 
 def speed_table(path, detail=False):
-    """A file of bench.py as a table.
-
-    In detail, also the speed-up there would be if our products alone took time, and what an older file has.
-    """
+    """A file of bench.py as a table; in detail, also the speed-up there would be if our products alone took
+    time, and what an older file has."""
     bench, before = json.loads(path.read_text()), path.with_name(f"{path.stem}-before.json")
     old = json.loads(before.read_text())["measurements"] if detail and before.exists() else None
     versions = bench["versions"]

@@ -1,7 +1,5 @@
-"""What the tests share.
-
-Modules of the self-contained folders, their programs as a user runs them, a tiny data set.
-"""
+"""What the tests share: modules of the self-contained folders, their programs as a user runs them, a tiny
+data set."""
 
 import os
 import re
@@ -22,10 +20,8 @@ torch.set_num_threads(1)  # two test processes share the cores; threads beyond t
 
 
 def run(folder, *args, script="main.py", timeout=400, env=None):
-    """`python <script> <args>` in a folder, as a user runs it.
-
-    CompletedProcess, stdout and stderr as text.
-    """
+    """`python <script> <args>` in a folder, as a user runs it: CompletedProcess, stdout and stderr as
+    text."""
     command = [sys.executable, script, *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(
@@ -48,10 +44,8 @@ def fails(result, *words):
 
 @pytest.fixture(scope="session")
 def glyphs_dir(tmp_path_factory):
-    """A folder with a tiny glyph data set.
-
-    Train, val and test of 60, 25 and 25 classes with 20 drawings each.
-    """
+    """A folder with a tiny glyph data set: train, val and test of 60, 25 and 25 classes with 20 drawings
+    each."""
     folder = tmp_path_factory.mktemp("glyphs")
     result = run(
         "data/glyphs", "--out", folder, "--train", 60, "--val", 25, "--test", 25, script="prepare.py"
@@ -62,10 +56,8 @@ def glyphs_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def omniglot_dir(tmp_path_factory):
-    """A folder with the real Omniglot as data/omniglot/prepare.py writes it.
-
-    For tests marked `needs_shared_data`.
-    """
+    """A folder with the real Omniglot as data/omniglot/prepare.py writes it; for tests marked
+    `needs_shared_data`."""
     folder = tmp_path_factory.mktemp("omniglot")
     result = run("data/omniglot", "--source", shared_data / "omniglot", "--out", folder, script="prepare.py")
     assert result.returncode == 0, result.stderr

@@ -39,10 +39,8 @@ class Pair(NamedTuple):
 
 
 def difference(ours, other):
-    """Mean distance of the two versions' results, relative where they are large.
-
-    Ours may hold more than the plain version computed.
-    """
+    """Mean distance of the two versions' results, relative where they are large; ours may hold more than the
+    plain version computed."""
     return ((ours[: len(other)].float() - other).abs() / (1 + other.abs())).mean().item()
 
 
@@ -66,10 +64,8 @@ def networks(folder, args, bf16, device, **sizes):
 
 
 def gmvae_step(folder, title, flags, images, device, bf16, **sizes):
-    """A training step of omniglot/ or mimgnet/, drawing the sets included.
-
-    Images (N, ...) to draw them from.
-    """
+    """A training step of omniglot/ or mimgnet/, drawing the sets included; images (N, ...) to draw them
+    from."""
     main, draw_sets = load(folder, "main"), load(folder, "dataloader").draw_sets
     args, images = main.parse_args(flags), images.to(device)
     ours, oracle = networks(folder, args, bf16, device, **sizes)

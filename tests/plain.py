@@ -21,10 +21,8 @@ def log_normal(z, mu, var):
 
 
 def component_log_joint(z, pi, mu, var):
-    """log pi_k + log N(z_i; mu_k, diag var_k).
-
-    Z (..., N, D), pi (..., K), mu and var (..., K, D) -> (..., N, K).
-    """
+    """log pi_k + log N(z_i; mu_k, diag var_k): z (..., N, D), pi (..., K), mu and var (..., K, D) -> (..., N,
+    K)."""
     return pi.log().unsqueeze(-2) + log_normal(z.unsqueeze(-2), mu.unsqueeze(-3), var.unsqueeze(-3))
 
 
@@ -42,10 +40,8 @@ def m_step(z, resp):
 
 
 def starting_samples(draws, K, start="samples"):
-    """Indices (B, K) of the samples that EM starts from, by uniform draws (B, M, S).
-
-    From "images", each of another one, K at most M.
-    """
+    """Indices (B, K) of the samples that EM starts from, by uniform draws (B, M, S); from "images", each of
+    another one, K at most M."""
     if start == "samples":
         return draws.flatten(1).topk(K).indices
     images = draws.amax(-1).topk(K).indices
@@ -67,10 +63,8 @@ def log_likelihood(z, pi, mu):
 
 
 def adapt(support, query, iters, reading):
-    """Semi-supervised EM.
-
-    Support (..., K, n, D) with fixed labels, query (..., N, D) -> mu, var (..., K, D).
-    """
+    """Semi-supervised EM: support (..., K, n, D) with fixed labels, query (..., N, D) -> mu, var (..., K,
+    D)."""
     K, n = support.shape[-3:-1]
     pi = support.new_full(support.shape[:-2], 1 / K)
     mu, var = support.mean(-2), torch.ones_like(support[..., 0, :])
@@ -211,10 +205,8 @@ def loss_terms(network, x, noise, first, iters, fix_pi=False):
 
 
 def episode_noise(pool, count, way, shot, members, S, D):
-    """Return the noise of `evaluate`, (count, way, members, S, D).
-
-    Of consecutive images of a pool, the support's first.
-    """
+    """Return the noise of `evaluate`, (count, way, members, S, D): of consecutive images of a pool, the
+    support's first."""
     noise = torch.randn(pool, S, D, generator=torch.Generator().manual_seed(0))
     start = torch.randint(pool, (count, 1), generator=torch.Generator().manual_seed(1))
     found = []

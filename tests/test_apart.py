@@ -1,7 +1,5 @@
-"""The same images in two splits.
-
-What a test would know from training is refused, a few that recur are not.
-"""
+"""The same images in two splits: what a test would know from training is refused, a few that recur are
+not."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
-"""bench.py: both versions of every measurement compute the same, and its report has what it says.
-
-Never a time.
-"""
+"""bench.py: both versions of every measurement compute the same, and its report has what it says. Never a
+time."""
 
 import json
 import sys
@@ -50,10 +48,8 @@ def test_both_versions_compute_the_same(name):
 
 @pytest.mark.parametrize("name", ["omniglot-5way", "omniglot-20way", "mimgnet-step"])
 def test_a_step_leaves_both_versions_with_the_same_weights(name):
-    """The losses of the second step, on other sets and draws.
-
-    Both have had the same gradient and the same Adam.
-    """
+    """The losses of the second step, on other sets and draws: both have had the same gradient and the same
+    Adam."""
     pair = tiny(name)
     (first, _), (ours, other) = results(pair), results(pair)
     assert difference(ours, other) < 1e-3 < difference(first, other)
@@ -164,10 +160,8 @@ def test_the_report(tmp_path):
 
 
 def bench_main(monkeypatch, capfd, *flags):
-    """bench.py in this process, which saves importing torch again.
-
-    (exit status, stdout, stderr), those of its children included.
-    """
+    """bench.py in this process, which saves importing torch again: (exit status, stdout, stderr), those of
+    its children included."""
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     status = 0

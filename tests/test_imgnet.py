@@ -1,7 +1,5 @@
-"""data/imgnet/prepare.py.
-
-Arrays from loose files and from zips, and every problem of a source named with its count.
-"""
+"""data/imgnet/prepare.py: arrays from loose files and from zips, and every problem of a source named with its
+count."""
 
 import csv
 import io

@@ -1,7 +1,5 @@
-"""Mini-ImageNet's experiment.
-
-Its loss against the equations, that it learns, and how it draws from the features.
-"""
+"""Mini-ImageNet's experiment: its loss against the equations, that it learns, and how it draws from the
+features."""
 
 import copy
 
@@ -24,10 +22,8 @@ def one_thread():
 
 
 def clusters(seed, classes, per_class, width=32, noise=1.0, rank=6):
-    """Features like a ReLU encoder's, (classes, per_class, width).
-
-    Classes differ in a few directions, the same in every split.
-    """
+    """Features like a ReLU encoder's, (classes, per_class, width): classes differ in a few directions, the
+    same in every split."""
     g = torch.Generator().manual_seed(seed)
     directions = torch.randn(rank, width, generator=torch.Generator().manual_seed(99)) / 2
     centre = torch.randn(classes, 1, rank, generator=g) + 0.2 * torch.randn(
@@ -52,10 +48,8 @@ def plain_posterior(network, x):
 
 
 def plain_loss(network, x, noise, first, iters, fix_pi):
-    """Reconstruction and KL of one set: x (M, width), noise (M, S, D), first (K).
-
-    The samples EM starts from.
-    """
+    """Reconstruction and KL of one set: x (M, width), noise (M, S, D), first (K): the samples EM starts
+    from."""
     mean, log_var = plain_posterior(network.set_network, x)
     z = mean.unsqueeze(1) + (0.5 * log_var).exp().unsqueeze(1) * noise
     samples = z.flatten(0, 1)
@@ -91,10 +85,8 @@ def test_loss_terms_and_gradients(iters, fix_pi):
 
 
 def test_networks_follow_the_method():
-    """Decoder 32 -> 512 -> 512 -> 256 and two attention blocks of width 256 at the defaults.
-
-    No component count in the state.
-    """
+    """Decoder 32 -> 512 -> 512 -> 256 and two attention blocks of width 256 at the defaults; no component
+    count in the state."""
     network = model.GMVAE(256)
     shapes = [tuple(layer.weight.shape) for layer in network.decoder if hasattr(layer, "weight")]
     assert shapes == [(512, 32), (512, 512), (256, 512)]
@@ -189,10 +181,8 @@ def save(folder, split, features, labels):
 
 @pytest.mark.parametrize("said", [5, 10, 600])
 def test_labels_beside_the_features_decide_the_classes(tmp_path, said):
-    """Shuffled, or images before classes.
-
-    A class's images come together in their order, whatever the flag says.
-    """
+    """Shuffled, or images before classes: a class's images come together in their order, whatever the flag
+    says."""
     features = np.arange(120).reshape(30, 4)
     for order in (
         np.random.default_rng(0).permutation(30),

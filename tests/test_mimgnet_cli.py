@@ -1,7 +1,5 @@
-"""Mini-ImageNet's program as a user runs it.
-
-Runs, interruptions, tests of a checkpoint, and every mistake.
-"""
+"""Mini-ImageNet's program as a user runs it: runs, interruptions, tests of a checkpoint, and every
+mistake."""
 
 import json
 import os
@@ -198,10 +196,8 @@ def test_eval_only_of_the_run_and_of_a_checkpoint_at_another_way(data, finished,
 
 
 def test_what_simclr_says_of_the_features(data, tmp_path, refused):
-    """features.json gives the images of a class, each split its own, and stays in the run's config.
-
-    Damaged or denied, it is an error.
-    """
+    """features.json gives the images of a class, each split its own, and stays in the run's config; damaged
+    or denied, it is an error."""
     folder = shutil.copytree(data, tmp_path / "features")
     np.save(folder / "test_features.npy", np.load(data / "test_features.npy")[: 10 * 40])
     description = {
@@ -312,10 +308,8 @@ def test_any_width(tmp_path):
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Calls the program in this process.
-
-    A subprocess a mistake would cost seconds each, and any other exception fails the test.
-    """
+    """Calls the program in this process: a subprocess a mistake would cost seconds each, and any other
+    exception fails the test."""
 
     def call(*args, words):
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, args)])

@@ -54,10 +54,8 @@ def test_fit_prior(iters, fix_pi, start):
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), M=st.integers(1, 9), S=st.integers(1, 5), data=st.data())
 def test_em_starts_at_distinct_samples_or_images(seed, M, S, data):
-    """K distinct samples; from "images", of as many images as there are.
-
-    None twice before each has been taken once.
-    """
+    """K distinct samples; from "images", of as many images as there are: none twice before each has been
+    taken once."""
     K = data.draw(st.integers(1, M * S))
     z = torch.arange(2 * M * S, dtype=torch.float64).view(2, M, S, 1)
     for start in ("samples", "images"):

@@ -40,10 +40,8 @@ def test_nothing_in_the_state_depends_on_the_number_of_components():
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    """Draws in float64, and leaves the network's casts to float32 undone.
-
-    They would cost the oracle its precision.
-    """
+    """Draws in float64, and leaves the network's casts to float32 undone: they would cost the oracle its
+    precision."""
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     torch.set_default_dtype(torch.float64)
     yield
@@ -191,10 +189,8 @@ def test_decoding_all_samples_is_the_same_to_the_bit(network):
 
 
 def test_predict_is_what_the_evaluation_does(network):
-    """A user's call from images against the equations, on the same noise.
-
-    Em_iters=0 looks at support means alone.
-    """
+    """A user's call from images against the equations, on the same noise; em_iters=0 looks at support means
+    alone."""
     network, g = network.eval(), torch.Generator().manual_seed(3)
     support, query = torch.rand(4, 2, 28, 28, 1, generator=g), torch.rand(9, 28, 28, 1, generator=g)
     found = network.predict(support, query, samples=5, em_iters=10, seed=7)
@@ -315,10 +311,8 @@ def test_published_defaults():
     "recipe, length", [("published-5way", 60000), ("published-20way", 60000), ("canonical", 3000)]
 )
 def test_recipes(recipe, length, monkeypatch):
-    """A file of flags with reasons; flags after it override it.
-
-    The published ones change what the paper says and no more.
-    """
+    """A file of flags with reasons; flags after it override it; the published ones change what the paper says
+    and no more."""
     monkeypatch.chdir(ROOT / "omniglot")
     args, default = main.parse_args([f"@recipes/{recipe}.txt"]), vars(main.parse_args([]))
     assert args.train_iters == length

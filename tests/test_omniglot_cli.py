@@ -1,7 +1,5 @@
-"""The Omniglot program as a user runs it.
-
-In a process of its own, judged by its files and its exit status.
-"""
+"""The Omniglot program as a user runs it: in a process of its own, judged by its files and its exit
+status."""
 
 import json
 import re
@@ -286,10 +284,8 @@ def test_without_set_attention(glyphs_dir, tmp_path):
 
 
 def test_the_demo_learns(tmp_path):
-    """The demo of the Makefile in a quarter of its time, on its data.
-
-    Far above the 20 % of chance (70 and 79 % when written).
-    """
+    """The demo of the Makefile in a quarter of its time, on its data: far above the 20 % of chance (70 and 79
+    % when written)."""
     assert run("data/glyphs", "--out", tmp_path / "glyphs", script="prepare.py").returncode == 0
     flags = "--device cpu --sample-size 50 --train-mc-sample-size 1 --train-iters 250 --freq-iters 250"
     flags += " --kl-warmup-iters 125"

@@ -57,10 +57,8 @@ def read_code(image):
 
 
 def entries(counts, drawings=20):
-    """{archive: {path in it: PNG}}.
-
-    A small drawing's code is its character * 32 + its number, a full one's has no number.
-    """
+    """{archive: {path in it: PNG}}; a small drawing's code is its character * 32 + its number, a full one's
+    has no number."""
     archives, code = {}, 0
     for name, count in counts.items():
         archives[name] = {}
@@ -205,10 +203,8 @@ def test_the_same_source_gives_the_same_bytes_and_replaces_older_files(small, tm
 @pytest.mark.parametrize("horizontal", [False, True])
 @pytest.mark.parametrize("at", range(10, 95, 7))
 def test_the_thinnest_stroke_survives_as_grey(at, horizontal):
-    """One pixel of 105 is a quarter of a pixel of 28.
-
-    Nearest neighbour would drop three such strokes in four.
-    """
+    """One pixel of 105 is a quarter of a pixel of 28: nearest neighbour would drop three such strokes in
+    four."""
     paper = np.ones((105, 105), bool)
     paper[at] = False
     image = omniglot.read_drawing(png(paper if horizontal else paper.T), "a stroke")

@@ -1,7 +1,5 @@
-"""What is committed under results/.
-
-The tables agree with it, its commands are ones, its checkpoints score what it says.
-"""
+"""What is committed under results/: the tables agree with it, its commands are ones, its checkpoints score
+what it says."""
 
 import json
 import re

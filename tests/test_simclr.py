@@ -198,10 +198,8 @@ def test_colour_operations_are_torchvisions(name, low, high):
 
 @pytest.mark.parametrize("size", [84, 64])
 def test_a_view_is_torchvisions_for_the_same_draws(size):
-    """Crop, flip, the four operations in the image's own order, greyscale, on 64 independent draws at once.
-
-    Smaller views without antialiasing.
-    """
+    """Crop, flip, the four operations in the image's own order, greyscale, on 64 independent draws at once;
+    smaller views without antialiasing."""
     names = ["brightness", "contrast", "saturation", "hue"]
     x, draws = images(64), data.draw_views(64, generator(3))
     before = x.clone()

@@ -537,10 +537,8 @@ def test_errors_end_in_one_line_in_a_process_of_its_own(source_dir, tmp_path):
 
 @needs_shared_data
 def test_the_chain_on_real_images(tmp_path):
-    """A few hundred real images, as they lie in the zips.
-
-    Prepared, trained on for four steps, exported, probed.
-    """
+    """A few hundred real images, as they lie in the zips: prepared, trained on for four steps, exported,
+    probed."""
     source, members = tmp_path / "source", 20
     source.mkdir()
     archives = [zipfile.ZipFile(path) for path in sorted((shared_data / "imgnet").glob("*.zip"))]
