@@ -37,13 +37,13 @@ omniglot: .venv/run
 	cd omniglot && "$(BIN)/python" main.py @recipes/canonical.txt --save-dir ../runs/omniglot --resume
 
 # Mini-ImageNet, the whole chain: `make mini SOURCE=folder` with images (or zips of them) and the three CSVs. Run again, it continues.
-# FAST=1: SimCLR with fewer epochs, smaller batches and views, and Meta-GMVAE with fewer samples, for a CPU.
-SIMCLR := $(if $(FAST),--train-epochs 30 --batch-size 128 --view-size 64)
-GMVAE := $(if $(FAST),--train-mc-sample-size 16 --freq-iters 1500)
-MINI := runs/mini$(if $(FAST),-fast)
+# RECIPE=published: the paper's, a GPU's work.
+RECIPE ?= prototypical
+MINI := runs/mini-$(RECIPE)
 mini: .venv/run
 	@test -n "$(SOURCE)" || { echo "make mini: SOURCE is empty, SOURCE=<folder with images/ or zips and train.csv, val.csv, test.csv> expected" >&2; exit 2; }
 	@test -d "$(SOURCE)" || { echo "make mini: SOURCE: $(SOURCE) found, a folder expected" >&2; exit 2; }
+	@test -f "simclr/recipes/$(RECIPE).txt" || { echo "make mini: RECIPE: $(RECIPE) found, prototypical or published expected" >&2; exit 2; }
 	"$(BIN)/python" data/imgnet/prepare.py --source "$(SOURCE)" --if-changed again
-	cd simclr && "$(BIN)/python" main.py --save-dir ../$(MINI)-simclr $(SIMCLR) --probe --resume
-	cd mimgnet && "$(BIN)/python" main.py --save-dir ../$(MINI) $(GMVAE) --resume
+	cd simclr && "$(BIN)/python" main.py @recipes/$(RECIPE).txt --save-dir ../$(MINI)-simclr --probe --resume
+	cd mimgnet && "$(BIN)/python" main.py @recipes/$(RECIPE).txt --save-dir ../$(MINI) --resume

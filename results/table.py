@@ -68,8 +68,8 @@ CANONICAL = FAST | {"target", "warp", "kl_weight"}
 HEADLINES = {
     "omniglot-canonical",
     "omniglot-5way-long",
-    "mimgnet-5way-simclr-fast",
-    "simclr-fast",
+    "mimgnet-5way-prototypical",
+    "simclr-prototypical",
 }  # in README.md
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
@@ -122,16 +122,12 @@ def recipe(experiment, run):
 
 
 def simclr(features):
-    """What features.json says of another SimCLR than the published one, but for its length; nothing if it is
-    that."""
-    found = SIMCLR | {
-        name: features[name] for name in SIMCLR if name in features
-    }  # older than the two flags: the published ones
-    return (
-        ""
-        if found == SIMCLR
-        else f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
-    )
+    """Name the encoder that features.json describes; nothing for the published one of any length."""
+    if features.get("loss") == "prototypical":
+        return f"prototypical loss, {features['batch_size']} images x {features['views']} views"
+    found = SIMCLR | {name: features[name] for name in SIMCLR if name in features}  # older ones say less
+    sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
+    return "" if found == SIMCLR else sizes
 
 
 def score(seeds, cell):

@@ -113,6 +113,33 @@ def test_kill_and_resume_end_as_if_never_interrupted(whole_run, tmp_path):
     assert_same_run(whole, folder)
 
 
+def test_a_run_at_a_constant_rate_is_trained_longer(glyphs_dir, tmp_path):
+    """Ended at 20 steps and resumed to 40, it is the run of 40; there is no way back."""
+    flags = ["--data-dir", glyphs_dir, *TINY, "--freq-iters", 20]
+    assert run("omniglot", "--save-dir", tmp_path / "whole", *flags, "--train-iters", 40).returncode == 0
+    place = ["--save-dir", tmp_path / "longer", *flags]
+    assert run("omniglot", *place, "--train-iters", 20).returncode == 0
+    result = run("omniglot", *place, "--train-iters", 40, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "longer")
+    assert json.loads((tmp_path / "longer/config.json").read_text())["args"]["train_iters"] == 40
+    fails(run("omniglot", *place, "--train-iters", 30, "--resume"), "--train-iters: 30 found", "40 steps")
+
+
+def test_a_cosine_is_not_trained_longer(whole_run):
+    folder, flags, _ = whole_run
+    longer = run("omniglot", "--save-dir", folder, *flags, "--resume", "--train-iters", 80)
+    fails(longer, "--train-iters: 80 found, 60 expected")
+
+
+def test_without_tensorboard(glyphs_dir, tmp_path):
+    without = "import sys; sys.modules['tensorboard'] = None; import main; main.main()"
+    flags = ["--data-dir", glyphs_dir, *TINY, "--train-iters", 1, "--save-dir", tmp_path / "run"]
+    result = run("omniglot", without, *flags, script="-c")
+    assert result.returncode == 0 and "no curves in tb_log" in result.stderr, result.stderr
+    assert not (tmp_path / "run/tb_log").exists()
+
+
 # Gets a signal in the middle of step 30.
 STOPPED = """
 import os, main
