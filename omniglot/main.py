@@ -201,7 +201,8 @@ def train(splits, device, bf16, config, stop, args):
 
     last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
     progress = restore(parts, last, {"step": 0, "seconds": 0.0, "history": []})
-    start, history = progress["step"], progress["history"]
+    start = step = progress["step"]
+    history = progress["history"]
     if start > args.train_iters:
         raise UserError(
             f"--train-iters: {args.train_iters} found, at least the {start} steps of {last} expected"

@@ -124,7 +124,7 @@ def recipe(experiment, run):
 def simclr(features):
     """Name the encoder that features.json describes; nothing for the published one of any length."""
     if features.get("loss") == "prototypical":
-        return f"prototypical loss, {features['batch_size']} images x {features['views']} views"
+        return f"a prototypical encoder, {features['batch_size']} x {features['views']} views"
     found = SIMCLR | {name: features[name] for name in SIMCLR if name in features}  # older ones say less
     sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
     return "" if found == SIMCLR else sizes
@@ -156,7 +156,7 @@ def device(run):
     return run["device"].replace(" 1 threads", " 1 thread")
 
 
-def rows(experiment, runs):
+def rows(experiment, runs, detail=True):
     """(recipe, {cell: accuracy and difference to the paper's}, run) of each of our runs, after what of the
     published recipe nobody ran at full length."""
     cells = {cell: published for (of, _, cell), published in PUBLISHED.items() if of == experiment}
@@ -183,6 +183,15 @@ def rows(experiment, runs):
                 mean, spread = score([run["test"] for run in seeds], cell)
                 scores[cell] = f"{mean:.2f} ({mean - published:+.2f})<br>{spread}"
         found.append((how, scores, describe(name, seeds)))
+        beside = RESULTS / name / "baselines.json"
+        for other, tested in json.loads(beside.read_text()).items() if detail and beside.exists() else ():
+            scores = {}
+            for cell, published in cells.items():
+                difference = tested[cell]["accuracy"] - published
+                scores[cell] = (
+                    f"{tested[cell]['accuracy']:.2f} ({difference:+.2f})<br>{interval(tested[cell])}"
+                )
+            found.append((how.replace("logistic regression", other), scores, f"[`{name}`](results/{name})"))
     whole = {cell for how, scores, _ in found if how == "published" for cell in scores}
     missing = {cell: "not run" for cell in cells if cell not in whole}
     return [("published, at full length", missing, ""), *found] if missing else found
@@ -201,8 +210,8 @@ def table(names=None):
         lines.append(
             f"| the paper | together | {' | '.join(f'{published:.2f}' for published in cells.values())} | |"
         )
-        for how, scores, run in rows(experiment, runs):
-            queries = "alone" if how.startswith("baseline") else "together"
+        for how, scores, run in rows(experiment, runs, names is None):
+            queries = "alone" if how.startswith("baseline") and "EM" not in how else "together"
             lines.append(
                 f"| {how} | {queries} | {' | '.join(scores.get(cell, '') for cell in cells)} | {run} |"
             )

@@ -184,7 +184,8 @@ def train(splits, device, bf16, config, stop, args):
     )  # of an epoch; what is left over waits for another order
     total = steps * args.train_epochs
     progress = restore(parts, last, {"step": 0, "seconds": 0.0, "history": []})
-    start, history = progress["step"], progress["history"]
+    start = step = progress["step"]
+    history = progress["history"]
     if start > total:
         found = f"{args.train_epochs} found, at least the {start // steps} epochs of {last} expected"
         raise UserError(f"--train-epochs: {found}")
