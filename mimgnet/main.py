@@ -8,12 +8,10 @@ test.json and tb_log/. README.md has the data, the features and the results.
 
 import os
 
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # huge pages for large CPU tensors; torch reads it at its first allocation
+# Huge pages for large CPU tensors; torch reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import copy
-import json
 import math
 import sys
 import time
@@ -26,10 +24,10 @@ from tqdm import tqdm
 from dataloader import check_encoder, check_width, draw_sets, load_splits, read_description
 from evaluate import evaluate_split, summary, test
 from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16
-from machine import user_path, write
+from machine import user_path
 from model import GMVAE, load_model
 from runtime import Log, describe_run, load_checkpoint, open_folder, restore, save_checkpoint
-from runtime import say_other_data, snapshot, write_json
+from runtime import say_other_data, snapshot, write_json, write_metrics
 
 VALIDATION_SEED = 1  # of the episodes: the same for every run
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
@@ -170,10 +168,6 @@ def validate(model, images, step, history, args):
     return {name: result}
 
 
-def write_metrics(args, history):
-    write(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-
-
 def train(splits, device, bf16, config, stop, args):
     """Train to --train-iters, from the start or from last.pt.
 
@@ -201,7 +195,7 @@ def train(splits, device, bf16, config, stop, args):
         )
     write_json(args.save_dir / "config.json", config)
     if start:  # a kill may have come between last.pt and it
-        write_metrics(args, history)
+        write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
     highest = images.max().item()
@@ -229,7 +223,7 @@ def train(splits, device, bf16, config, stop, args):
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes, "way": args.way})
-            write_metrics(args, history)
+            write_metrics(args.save_dir, history)
             saved = time.monotonic()
         if validating:  # said once it is saved
             for name, r in results.items():

@@ -32,12 +32,9 @@ class SetAttention(nn.Module):
 
     def forward(self, x):
         B, M, width = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # each (B, heads, M, width / heads)
-        h = (
-            q + (q * width**-0.5 @ k.mT).softmax(-1) @ v
-        )  # sets are short: faster than torch's fused attention on a CPU
+        # Each (B, heads, M, width / heads). Sets are short: faster than torch's fused attention on a CPU.
+        q, k, v = self.qkv(x).view(B, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        h = q + (q * width**-0.5 @ k.mT).softmax(-1) @ v
         h = h.transpose(1, 2).reshape(B, M, width)
         return h + self.out(h).relu()
 

@@ -26,6 +26,10 @@ def write_json(path, value):
     write(path, json.dumps(value, indent=1) + "\n")
 
 
+def write_metrics(folder, history):
+    write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
 def save_checkpoint(path, checkpoint):
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)

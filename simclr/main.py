@@ -10,12 +10,10 @@ receives train_features.npy, val_features.npy, test_features.npy and features.js
 
 import os
 
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # huge pages for large CPU tensors; torch reads it at its first allocation
+# Huge pages for large CPU tensors; torch reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import io
-import json
 import math
 import sys
 import time
@@ -41,6 +39,7 @@ from runtime import (
     say_other_data,
     snapshot,
     write_json,
+    write_metrics,
 )
 
 VALIDATION_SEED = 1  # of the episodes: the same for every run
@@ -155,10 +154,6 @@ def validate(encoder, images, epoch, step, history, args):
     return results
 
 
-def write_metrics(args, history):
-    write(args.save_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-
-
 def train(splits, device, bf16, config, stop, args):
     """Train to --train-epochs, from the start or from last.pt.
 
@@ -173,15 +168,11 @@ def train(splits, device, bf16, config, stop, args):
     strength = args.crop_scale, args.jitter, args.hue
     parameters = [*encoder.parameters(), *projection.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    generator = torch.Generator().manual_seed(
-        args.seed
-    )  # of the views; the order of an epoch follows from its number
+    generator = torch.Generator().manual_seed(args.seed)  # of the views; an epoch's order has its own
     parts = {"model": encoder, "projection": projection, "optimizer": optimizer, "generator": generator}
 
     last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
-    steps = (
-        2 if args.debug else len(images) // args.batch_size
-    )  # of an epoch; what is left over waits for another order
+    steps = 2 if args.debug else len(images) // args.batch_size  # of an epoch; the rest waits for another
     total = steps * args.train_epochs
     progress = restore(parts, last, {"step": 0, "seconds": 0.0, "history": []})
     start = step = progress["step"]
@@ -191,7 +182,7 @@ def train(splits, device, bf16, config, stop, args):
         raise UserError(f"--train-epochs: {found}")
     write_json(args.save_dir / "config.json", config)
     if start:  # a kill may have come between last.pt and it
-        write_metrics(args, history)
+        write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
     term = args.loss.replace("-", "_")
@@ -223,7 +214,7 @@ def train(splits, device, bf16, config, stop, args):
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | about(encoder, step // steps, args))
-            write_metrics(args, history)
+            write_metrics(args.save_dir, history)
             saved = time.monotonic()
         if validating:  # said once it is saved
             for name, r in results.items():

@@ -43,9 +43,8 @@ class Encoder(nn.Module):
         super().__init__()
         c = hidden_size
         self.sizes, self.bf16 = {"hidden_size": hidden_size}, bf16
-        self.blocks = nn.Sequential(
-            ConvBlock(3, c), *(ConvBlock(c, c) for _ in range(4)), nn.Flatten()
-        )  # 84, 42, 21, 10, 5, 2
+        blocks = ConvBlock(3, c), *(ConvBlock(c, c) for _ in range(4))  # 84, 42, 21, 10, 5, 2 pixels
+        self.blocks = nn.Sequential(*blocks, nn.Flatten())
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
