@@ -313,9 +313,10 @@ def training_views(images, generator, size=SIZE, views=2, strength=STRENGTH):
     return out
 
 
-def plain_views(images):
-    """Whole images, normalised, as features are made from: uint8 (N, 84, 84, 3) -> (N, 3, 84, 84)."""
-    return normalise(images.permute(0, 3, 1, 2).float() / 255)
+def plain_views(images, size=SIZE):
+    """Whole images, normalised, as features are made from: uint8 (N, 84, 84, 3) -> (N, 3, size, size)."""
+    x = normalise(images.permute(0, 3, 1, 2).float() / 255)
+    return x if size == SIZE else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 def contact_sheet(images, views, generator, size=SIZE, strength=STRENGTH):

@@ -23,8 +23,8 @@ PREPARE = HERE.parent / "data/imgnet/prepare.py"
 
 
 @torch.no_grad()
-def encode_all(encoder, images, name=None):
-    """Encode whole images: uint8 (classes, n, 84, 84, 3) -> float32 (classes, n, width).
+def encode_all(encoder, images, size, name=None):
+    """Encode whole images (classes, n, 84, 84, 3), uint8, scaled to `size` pixels -> (classes, n, width).
 
     In evaluation mode and in float32 whatever the training's precision, so that a checkpoint gives the same
     features on every machine. cuDNN does not search for the fastest kernels: it might find others next time.
@@ -34,7 +34,7 @@ def encode_all(encoder, images, name=None):
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     batches = images.flatten(0, 1).split(500 if images.is_cuda else 100)
     bar = tqdm(batches, desc=name, disable=name is None, mininterval=0.1 if sys.stderr.isatty() else 30)
-    features = torch.cat([encoder(plain_views(batch)) for batch in bar])
+    features = torch.cat([encoder(plain_views(batch, size)) for batch in bar])
     encoder.bf16, torch.backends.cudnn.benchmark = trained_in, searching
     return features.unflatten(0, images.shape[:2])
 
@@ -51,7 +51,9 @@ def export(splits, device, args):
     """
     path, folder = args.checkpoint or args.save_dir / f"{args.export}.pt", args.feature_save_dir
     encoder, checkpoint = load_model(path).to(device), load_checkpoint(path)
-    features = {name: encode_all(encoder, images, f"{name} features") for name, images in splits.items()}
+    size, features = args.feature_size, {}
+    for name, images in splits.items():
+        features[name] = encode_all(encoder, images, size, f"{name} features")
     if not all(h.isfinite().all() for h in features.values()):
         raise UserError(f"{path}: features that are NaN or infinite found, finite ones expected")
     sums = {}
@@ -66,7 +68,8 @@ def export(splits, device, args):
     for name, h in features.items():
         (folder / f".{name}_features.npy").replace(folder / f"{name}_features.npy")
         print(f"{folder / name}_features.npy  {h.shape[:2].numel()} images, {h.shape[-1]} features")
-    described = {"encoder_crc32": checksum(encoder), "images_per_class": counts, "crc32": sums}
+    described = {"feature_size": size, "encoder_crc32": checksum(encoder)}
+    described |= {"images_per_class": counts, "crc32": sums}
     write_json(folder / "features.json", {"train_epochs": about["epoch"], **about["training"], **described})
     if not args.checkpoint:
         weights = {"model": encoder.state_dict(), "sizes": encoder.sizes}

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataloader import HUE, JITTER, SCALE, contact_sheet, epoch_order, training_views
+from dataloader import HUE, JITTER, SCALE, SIZE, contact_sheet, epoch_order, training_views
 from export import BEST_SHOT, SHOTS, check_feature_dir, check_probe, encode_all, export, load_splits, probe
 from fewshot import evaluate, nearest_mean, standardise
 from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16
@@ -86,6 +86,8 @@ def make_parser():
     add("--seed", type=number(int, 0, below=2**31), default=0, help="of weights, order and views")
     add("--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is fast")
     add = p.add_argument_group("evaluation").add_argument
+    larger = number(int, 64, below=1025)
+    add("--feature-size", type=larger, default=SIZE, help="pixels of an image's side for its features")
     add("--way", type=count, default=5, help="classes of an episode")
     add("--query", type=count, default=15, help="query images a class")
     add("--eval-episodes", type=count, default=1000, help="episodes of a validation or probe, for each shot")
@@ -145,7 +147,7 @@ def about(encoder, epoch, args):
 
 def validate(encoder, images, epoch, step, history, args):
     """Score the encoder by labels that training never sees; save it as best.pt if it is the best so far."""
-    features = encode_all(encoder, images)
+    features = encode_all(encoder, images, args.feature_size)
     results = evaluate(standardise(features, features), nearest_mean, SHOTS, VALIDATION_SEED, args)
     name = f"{args.way}way{BEST_SHOT}shot"
     if all(results[name]["accuracy"] > line[name]["accuracy"] for line in history):

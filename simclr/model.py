@@ -36,7 +36,8 @@ class ConvBlock(nn.Module):
 class Encoder(nn.Module):
     """Conv5: (N, 3, 84, 84) normalised images -> float32 features h (N, 4 * hidden_size); 150,144 parameters.
 
-    With bf16 the convolutions run under autocast. Published features are 256 wide (paper, Mini-ImageNet).
+    Published features are 256 wide: 2 x 2 places of 64 channels (paper, Mini-ImageNet). Images of other sizes
+    have (size // 32)^2 places. With bf16 the convolutions run under autocast.
     """
 
     def __init__(self, hidden_size=64, bf16=False):

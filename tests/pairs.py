@@ -290,7 +290,7 @@ def simclr_export(tiny, device, bf16):
         )
 
     def our_export():
-        return features.encode_all(encoder, on_device).flatten(0, 1)
+        return features.encode_all(encoder, on_device, 84).flatten(0, 1)
 
     return Pair(
         "SimCLR feature export",

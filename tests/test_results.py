@@ -215,14 +215,14 @@ def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
     )
     runtime, path = load("simclr", "runtime"), ROOT / "results" / name / "encoder.pt"
     encoder, checkpoint = load("simclr", "model").load_model(path), runtime.load_checkpoint(path)
-    np.save(
-        tmp_path / "test_features.npy",
-        load("simclr", "export").encode_all(encoder, images).flatten(0, 1).numpy(),
-    )
     about = {"train_epochs": checkpoint["epoch"], **checkpoint.get("training", {})}
-    runs = [folder for folder in MIMGNET if about.items() <= runtime.read_config(folder)["features"].items()]
+    trained_on = {folder: runtime.read_config(folder)["features"] for folder in MIMGNET}
+    runs = [folder for folder, features in trained_on.items() if about.items() <= features.items()]
     runs = [folder for folder in runs if (folder / "best.pt").exists()]
-    assert runs
+    size = {trained_on[folder].get("feature_size", 84) for folder in runs}
+    assert len(size) == 1
+    features = load("simclr", "export").encode_all(encoder, images, *size)
+    np.save(tmp_path / "test_features.npy", features.flatten(0, 1).numpy())
     for folder in runs:
         flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1, "--images-per-class", 600]
         result = run(

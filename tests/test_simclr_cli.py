@@ -30,7 +30,7 @@ TINY = [*TINY.split(), *"--way 2 --query 1 --test-shot 1 2".split()]
 TINY_FEATURES = {
     "train_epochs": 3, "batch_size": 8, "view_size": 84,
     "loss": "nt-xent", "views": 2, "crop_scale": 0.08, "jitter": 0.8, "hue": 0.2,
-    "images_per_class": {"train": 6, "val": 6, "test": 6},
+    "feature_size": 84, "images_per_class": {"train": 6, "val": 6, "test": 6},
 }  # fmt: skip
 
 
@@ -175,6 +175,19 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
     same = all(best[key].equal(final[key]) for key in best)
     assert (read_features(tmp_path / "best")["test"] == read_features(features)["test"]).all() == same
+
+
+def test_larger_images_have_wider_features(data_dir, whole_run, tmp_path):
+    """--feature-size 100: 3 x 3 places instead of 2 x 2, of images that torchvision enlarges."""
+    folder, _, flags = whole_run
+    place = ["--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f", "--feature-size", 100]
+    result = run("simclr", *flags, *place, "--export-only", "--checkpoint", folder / "encoder.pt")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "f/features.json").read_text())["feature_size"] == 100
+    encoder, found = model.load_model(folder / "encoder.pt"), read_features(tmp_path / "f")["val"]
+    x = torch.from_numpy(np.load(data_dir / "val.npy")).permute(0, 3, 1, 2) / 255
+    x = TF.resize(TF.normalize(x, data.MEAN, data.STD), [100, 100], antialias=False)
+    assert found.shape[1] == 3 * 3 * 4 and np.allclose(found, encoder(x).detach(), atol=1e-4)
 
 
 # Ends itself, as a power cut would, right after the checkpoint of step 5: in the middle of the second epoch.
