@@ -308,7 +308,7 @@ def test_published_defaults():
 
 
 @pytest.mark.parametrize(
-    "recipe, length", [("published-5way", 60000), ("published-20way", 60000), ("canonical", 3000)]
+    "recipe, length", [("published-5way", 60000), ("published-20way", 60000), ("canonical", 8000)]
 )
 def test_recipes(recipe, length, monkeypatch):
     """A file of flags with reasons; flags after it override it; the published ones change what the paper says
