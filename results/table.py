@@ -64,7 +64,7 @@ FAST = {
     "ema_decay",
 }  # what the fast recipe changes
 # Ours: the decoder draws the character without its pose.
-CANONICAL = FAST | {"target", "warp", "kl_weight"}
+CANONICAL = FAST | {"target", "warp", "kl_weight", "e_step", "eval_episodes"}
 HEADLINES = {
     "omniglot-canonical",
     "omniglot-5way-long",
@@ -99,7 +99,8 @@ def recipe(experiment, run):
     if changed == ["train_mc_sample_size"]:
         name = f"published, trained with {args[changed[0]]} Monte-Carlo samples"
     elif args.get("target") == "canonical" and set(changed) <= CANONICAL:
-        name, parts = "ours: drawings without their pose", []
+        reading = f", {args['e_step']} variance in the E-step" if "e_step" in changed else ""
+        name, parts = f"ours: drawings without their pose{reading}", []
     elif changed:
         name, parts = (
             "fast"
@@ -111,8 +112,10 @@ def recipe(experiment, run):
         name = "published"
     if experiment == "mimgnet":
         other = simclr(run.get("features", {}))
-        name = f"{other}, else {name}" if other else name
-        parts.append((run.get("features", {}).get("train_epochs"), EPOCHS, "SimCLR epochs"))
+        if other:
+            name = f"{other}, else {name}"
+        else:
+            parts.append((run.get("features", {}).get("train_epochs"), EPOCHS, "SimCLR epochs"))
     short = [
         f"{f'{found:,}' if found else '?'} of {whole:,} {unit}"
         for found, whole, unit in parts
@@ -124,7 +127,9 @@ def recipe(experiment, run):
 def simclr(features):
     """Name the encoder that features.json describes; nothing for the published one of any length."""
     if features.get("loss") == "prototypical":
-        return f"a prototypical encoder, {features['batch_size']} x {features['views']} views"
+        size = features.get("feature_size", SIMCLR["view_size"])
+        of = "" if size == SIMCLR["view_size"] else f", features of {size} pixels"
+        return f"a prototypical encoder, {features['batch_size']} x {features['views']} views{of}"
     found = SIMCLR | {name: features[name] for name in SIMCLR if name in features}  # older ones say less
     sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
     return "" if found == SIMCLR else sizes
