@@ -5,6 +5,7 @@ nothing here does anything.
 """
 
 import os
+import signal
 import sys
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -58,15 +59,21 @@ def join(name, batch_size, compiling=False):
         dist.init_process_group(backend, timeout=PATIENCE, **place, **ours)
         yield device
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, if it is faster than what is said here
         ended = isinstance(error, dist.DistError)
         ended |= isinstance(error, RuntimeError) and "gloo" in str(error)
         said, alike = store.add("said", 1), store.add(in_short(error), 1)
         if isinstance(error, Exception) and (said if ended else alike) > 1:
             sys.exit(2)
+        if number:
+            print(file=sys.stderr)  # the first one's bar may stand on this line
         if not ended:
             raise
-        found = f"another process of the run ended ({in_short(error)})"
+        found = f"another process of the run ended ({in_short(error).split('. ')[0]})"
         raise UserError(f"{found}; --resume continues from last.pt") from None
+    finally:
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads abort an exit; NCCL may wait
+            dist.destroy_process_group()
 
 
 def wait(this=True):
