@@ -17,13 +17,14 @@ from test_mimgnet_cli import save_features
 
 FOLDERS = ("omniglot", "mimgnet", "simclr")
 SMALL = {
-    "omniglot": "--hidden-size 8 --latent-size 8 --batch-size 4 --sample-size 20 --eval-episodes 8 --device cpu "
-    "--train-mc-sample-size 2 --test-mc-sample-size 2 --train-iters 20 --freq-iters 10 --ema-decay 0.9",
+    "omniglot": "--hidden-size 8 --latent-size 8 --batch-size 4 --sample-size 20 --eval-episodes 8 "
+    "--device cpu --train-mc-sample-size 2 --test-mc-sample-size 2 --train-iters 20 --freq-iters 10 "
+    "--ema-decay 0.9",
     "mimgnet": "--images-per-class 20 --hidden-size 16 --latent-size 4 --batch-size 4 --eval-episodes 20 "
     "--train-mc-sample-size 4 --test-mc-sample-size 4 --query 4 --test-shot 1 --train-iters 20 "
     "--freq-iters 10 --lr 1e-3 --device cpu",
-    "simclr": "--hidden-size 4 --batch-size 8 --train-epochs 8 --freq-epochs 2 --eval-episodes 6 --device cpu "
-    "--way 2 --query 1 --test-shot 1 --probe --constant-epochs 99",
+    "simclr": "--hidden-size 4 --batch-size 8 --train-epochs 8 --freq-epochs 2 --eval-episodes 6 "
+    "--device cpu --way 2 --query 1 --test-shot 1 --probe --constant-epochs 99",
 }
 
 
@@ -67,9 +68,8 @@ def same_everywhere(network):
 SETS = """
 from dataloader import draw_sets
 images = torch.rand(90, *SHAPE, generator=torch.Generator().manual_seed(1))
-args = main.parse_args(
-    ("--batch-size 4 --sample-size 6 --train-mc-sample-size 3 --decode-samples 2 --em-start images" + MORE).split()
-)
+flags = "--batch-size 4 --sample-size 6 --train-mc-sample-size 3 --decode-samples 2 --em-start images"
+args = main.parse_args((flags + MORE).split())
 
 def steps(count, training):
     torch.manual_seed(0)
@@ -171,9 +171,8 @@ def data_dirs(tmp_path_factory):
         (place / name).mkdir()
     save_features(place / "features")
     make_source(place / "source")
-    result = run(
-        "data/glyphs", "--out", place / "glyphs", "--train", 60, "--val", 25, "--test", 25, script="prepare.py"
-    )
+    sizes = "--train 60 --val 25 --test 25".split()
+    result = run("data/glyphs", "--out", place / "glyphs", *sizes, script="prepare.py")
     assert result.returncode == 0, result.stderr
     return {"omniglot": place / "glyphs", "mimgnet": place / "features", "simclr": place / "source"}
 
@@ -197,8 +196,8 @@ def test_a_run_of_two_processes_leaves_the_same_files(folder, data_dirs, tmp_pat
     assert done.returncode == 0, done.stderr
     found = re.findall("weights [0-9]+", done.stderr)
     assert len(found) == 2 and len(set(found)) == 1
-    files = [{p.relative_to(place) for p in place.rglob("*") if "tb_log" not in p.parts} for place in (one, two)]
-    assert files[0] == files[1]
+    left = [sorted(p.relative_to(at) for p in at.rglob("*") if "events" not in p.name) for at in (one, two)]
+    assert left[0] == left[1] and len(list((two / "tb_log").iterdir())) == 1
     a, b = metrics(one), metrics(two)
     assert [line["step"] for line in a] == [line["step"] for line in b]
     if folder == "mimgnet":  # no batch norm
@@ -206,7 +205,6 @@ def test_a_run_of_two_processes_leaves_the_same_files(folder, data_dirs, tmp_pat
             assert after["reconstruction"] == pytest.approx(before["reconstruction"], rel=1e-4)
     config = json.loads((two / "config.json").read_text())
     assert config["device"].startswith("2 x ") and done.stdout.count("2 x ") == 1
-    assert done.stderr.count("100%|") <= result.stderr.count("100%|") + 1
 
     longer = ["--train-epochs", 10] if folder == "simclr" else ["--train-iters", 30]
     again = run(folder, *flags_of(folder, data_dirs, two), "--resume", *longer)
