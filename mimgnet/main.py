@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from dataloader import check_encoder, check_width, draw_sets, load_splits, read_description
 from evaluate import evaluate_split, summary, test
-from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16
+from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16
 from machine import user_path
 from model import GMVAE, load_model
+from parallel import join, mean, part, rank, share, share_of_draws, stopping, wait, wrap
 from runtime import Log, describe_run, load_checkpoint, open_folder, restore, save_checkpoint
 from runtime import say_other_data, snapshot, write_json, write_metrics
 
@@ -193,27 +194,34 @@ def train(splits, device, bf16, config, stop, args):
         raise UserError(
             f"--train-iters: {args.train_iters} found, at least the {start} steps of {last} expected"
         )
-    write_json(args.save_dir / "config.json", config)
-    if start:  # a kill may have come between last.pt and it
+    first = rank() == 0  # it validates and writes
+    if first:
+        write_json(args.save_dir / "config.json", config)
+    if first and start:  # a kill may have come between last.pt and it
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
     highest = images.max().item()
     hint = f"; features up to {highest:.4g} found, of a few units expected: divide them all by one number"
-    log = Log(args.save_dir, ("reconstruction", "kl"), model.parameters(), start, hint * (highest > 100))
+    folder = args.save_dir if first else None
+    network = wrap(model)
+    log = Log(folder, ("reconstruction", "kl"), model.parameters(), start, hint * (highest > 100))
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    bar = tqdm(desc=args.save_dir.name, total=args.train_iters, initial=start, unit="step", mininterval=quiet)
+    shown = {"desc": args.save_dir.name, "unit": "step", "mininterval": quiet, "disable": not first}
+    bar = tqdm(total=args.train_iters, initial=start, **shown)
     for step in range(start + 1, args.train_iters + 1):
         model.train()
-        x = draw_sets(images, args.batch_size, args.sample_size, generator)
-        log.add(*train_step(model, optimizer, x, step, args, generator))
+        x = share(draw_sets(images, args.batch_size, args.sample_size, generator))
+        with share_of_draws():
+            terms = train_step(network, optimizer, x, step, args, generator)
+        log.add(*mean(*terms))
         if args.ema_decay:
             update_average(evaluated, model, step, args)
         bar.update()
-        validating = step % args.freq_iters == 0 or step == args.train_iters
-        stopping = bool(stop)  # read once: a signal from here on is for the next step
-        saving = validating or stopping or time.monotonic() - saved > SAVE_SECONDS
+        validating = first and (step % args.freq_iters == 0 or step == args.train_iters)
+        leaving = stopping(stop, step % log_every == 0)  # once: a later signal is for the next step
+        saving = first and (validating or leaving or time.monotonic() - saved > SAVE_SECONDS)
         if saving or step % log_every == 0:
             terms = log.flush(step)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()}, refresh=False)
@@ -232,9 +240,10 @@ def train(splits, device, bf16, config, stop, args):
             bar.write(
                 f"step {step}  {said}  reconstruction {terms['reconstruction']:.1f}  KL {terms['kl']:.1f}"
             )
-        if stopping:
+        if leaving:
             break
     bar.close()
+    part(stop)
     if stop:
         print(f"stopped after step {step}; --resume continues", file=sys.stderr)
         sys.exit(128 + stop[0])
@@ -248,13 +257,14 @@ def weights_for(args):
 
 def main():
     args = parse_args()
-    with program():
-        device = choose_device(args.device, args.compile and not args.eval_only)
+    batch_size = 0 if args.eval_only else args.batch_size
+    with program(), join(args.device, batch_size, args.compile and not args.eval_only) as device:
         bf16 = not args.eval_only and use_bf16(args.precision, device)
         if args.eval_only:
             (path,) = weights_for(args)
             width = load_model(path).sizes["feature_size"]  # refused before anything is written
             args.test_way = args.test_way or [load_checkpoint(path).get("way", args.way)]
+        wait(rank() > 0)  # until the first has found the data right and opened the folder
         described = read_description(args.data_dir)
         splits = load_splits(args, described)
         if args.eval_only:
@@ -269,7 +279,9 @@ def main():
         print(f"{config['device']}, {'testing' if args.eval_only else 'training'} in {precision}")
         longer = {"train_iters"} if args.lr_schedule == "constant" else set()
         free = names("run", "test") | longer
-        config = open_folder(args.save_dir, config, args.resume, free, testing=args.eval_only)
+        if rank() == 0:
+            config = open_folder(args.save_dir, config, args.resume, free, testing=args.eval_only)
+        wait(rank() == 0)
         if args.eval_only:
             write_json(args.save_dir / "config.json", config)
             say_other_data(args.checkpoint, config["data"])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from machine import HERE, UserError, device_name, in_short, write
+from parallel import world
 
 try:
     import fcntl
@@ -84,12 +85,8 @@ def describe_run(args, device, precision, arrays):
         "command": shlex.join(["python", *sys.argv]),
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in args.items()},
         "precision": precision,
-        "device": device_name(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "device": f"{world()} x " * (world() > 1) + device_name(device),
+        "versions": dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         "git_commit": commit or None,
         "data": {split: {"shape": list(arrays[split].shape), "crc32": crc} for split, crc in sums.items()},
     }
@@ -167,17 +164,19 @@ def open_folder(folder, config, resume=False, free=(), testing=False):
 
 
 class Log:
-    """Losses, read from the device many steps at a time, and their curves where tensorboard is installed."""
+    """Losses, read from the device many steps at a time; their curves, given a folder and tensorboard."""
 
     def __init__(self, folder, names, parameters, step, hint=""):
         self.names, self.parameters, self.pending, self.hint = names, list(parameters), [], hint
+        self.add_scalar = lambda *_: None
+        if folder is None:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
 
             self.add_scalar = SummaryWriter(folder / "tb_log", purge_step=step + 1).add_scalar
         except (ImportError, OSError) as error:
             print(f"no curves in tb_log: {in_short(error)}", file=sys.stderr)
-            self.add_scalar = lambda *_: None
 
     def add(self, *terms):
         self.pending.append(torch.stack(terms).detach())

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from machine import UserError
+from parallel import share, world
 
 SIZE = 84
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop's area to the image's, of its width to its height
@@ -302,9 +303,11 @@ def make_views(images, boxes, flip, factors, order, grey, size=SIZE):
 def training_views(images, generator, size=SIZE, views=2, strength=STRENGTH):
     """Normalised views of a batch, all first ones first: uint8 (N, 84, 84, 3) -> (views * N, 3, size, size).
 
-    SimCLR's views without blur (released code): random resized crop, flip, colour jitter, greyscale.
+    SimCLR's views without blur (released code): random resized crop, flip, colour jitter, greyscale. Of
+    several processes each has its share of the images, and draws for all of them.
     """
-    draws = draw_views(views * len(images), generator, strength)
+    draws = draw_views(views * len(images) * world(), generator, strength)
+    draws = [share(draw.unflatten(0, (views, -1)), 1).flatten(0, 1) for draw in draws]
     out = torch.empty(views * len(images), 3, size, size, device=images.device)
     for rows in together(draws[3], images.device):
         of = images.index_select(0, send(rows % len(images), images.device))

@@ -14,6 +14,7 @@ from dataloader import check_apart, check_episodes, load_split, plain_views
 from fewshot import evaluate, logistic_regression, standardise
 from machine import HERE, UserError, write
 from model import load_model
+from parallel import rank
 from runtime import load_checkpoint, save_checkpoint, write_json
 
 SPLITS = ("train", "val", "test")
@@ -94,6 +95,8 @@ def prepared(args):
     if (args.data_dir / "train.npy").exists() or not (args.data_dir / "train.csv").exists():
         return args.data_dir
     out, trained = args.save_dir / "data", (args.save_dir / "last.pt").exists()
+    if rank() > 0:  # the first process has made it
+        return out
     if trained and not out.exists():
         found = f"{args.save_dir} holds a run on other arrays than the images in {args.data_dir}"
         raise UserError(f"--save-dir: {found}, an empty folder expected")

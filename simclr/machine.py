@@ -103,11 +103,16 @@ def keep_memory():
 
 @contextmanager
 def catch_stop():
-    """Within it, a list receives the first SIGINT or SIGTERM; a second one ends the program at once."""
-    received = []
+    """Within it, a list receives the first SIGINT or SIGTERM; a second one ends the program at once.
+
+    Not one of several that torchrun started: it may get a signal from there and from elsewhere.
+    """
+    received, several = [], int(os.environ.get("WORLD_SIZE", 1)) > 1
 
     def handler(signum, _):
         received.append(signum)
+        if several:
+            return
         signal.signal(signum, signal.SIG_DFL)
         with suppress(OSError):
             os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler

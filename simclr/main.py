@@ -27,9 +27,10 @@ from tqdm import tqdm
 from dataloader import HUE, JITTER, SCALE, SIZE, contact_sheet, epoch_order, training_views
 from export import BEST_SHOT, SHOTS, check_feature_dir, check_probe, encode_all, export, load_splits, probe
 from fewshot import evaluate, nearest_mean, standardise
-from machine import HERE, Parser, UserError, catch_stop, choose_device, number, program, use_bf16
+from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16
 from machine import user_path, write
 from model import Encoder, load_model, nt_xent, projection_head, prototypical
+from parallel import gather, join, part, rank, share, stopping, wait, wrap
 from runtime import (
     Log,
     describe_run,
@@ -128,11 +129,14 @@ def learning_rate(epoch, args):
     return args.lr if falling <= 0 else 0.5 * args.lr * (1 + math.cos(math.pi * falling))
 
 
-def train_step(encoder, projection, optimizer, x, rate, temperature, criterion=nt_xent):
-    """Take a step of Adam on the loss of the views x (views * N, 3, size, size); return the loss."""
+def train_step(network, optimizer, x, rate, temperature, criterion=nt_xent, views=2):
+    """Take a step of Adam on the loss of the views x (views * N, 3, size, size); return the loss.
+
+    Of several processes each has a share of the images, and the loss is of all.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = criterion(projection(encoder(x)), temperature=temperature)
+    loss = criterion(gather(network(x), views), temperature=temperature)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -182,30 +186,34 @@ def train(splits, device, bf16, config, stop, args):
     if start > total:
         found = f"{args.train_epochs} found, at least the {start // steps} epochs of {last} expected"
         raise UserError(f"--train-epochs: {found}")
-    write_json(args.save_dir / "config.json", config)
-    if start:  # a kill may have come between last.pt and it
+    first = rank() == 0  # it validates and writes
+    if first:
+        write_json(args.save_dir / "config.json", config)
+    if first and start:  # a kill may have come between last.pt and it
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
     term = args.loss.replace("-", "_")
-    log = Log(args.save_dir, (term,), parameters, start)
+    log = Log(args.save_dir if first else None, (term,), parameters, start)
+    network = wrap(torch.nn.Sequential(encoder, projection))
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    bar = tqdm(desc=args.save_dir.name, total=total, initial=start, unit="step", mininterval=quiet)
+    shown = {"desc": args.save_dir.name, "unit": "step", "mininterval": quiet, "disable": not first}
+    bar = tqdm(total=total, initial=start, **shown)
     order = None
     for step in range(start + 1, total + 1):
         epoch, position = divmod(step - 1, steps)
         if order is None or position == 0:
             order = epoch_order(images, args.seed, epoch).to(device)
         encoder.train()
-        batch = images[order[position * args.batch_size : (position + 1) * args.batch_size]]
+        batch = images[share(order[position * args.batch_size : (position + 1) * args.batch_size])]
         x = training_views(batch, generator, args.view_size, args.views, strength)
         rate = learning_rate((step - 1) / steps, args)
-        log.add(train_step(encoder, projection, optimizer, x, rate, args.temperature, criterion))
+        log.add(train_step(network, optimizer, x, rate, args.temperature, criterion, args.views))
         bar.update()
-        validating = step % (args.freq_epochs * steps) == 0 or step == total
-        stopping = bool(stop)  # read once: a signal from here on is for the next step
-        saving = step % steps == 0 or stopping or time.monotonic() - saved > SAVE_SECONDS
+        validating = first and (step % (args.freq_epochs * steps) == 0 or step == total)
+        leaving = stopping(stop, step % log_every == 0)  # once: a later signal is for the next step
+        saving = step % steps == 0 or leaving or time.monotonic() - saved > SAVE_SECONDS
         if saving or step % log_every == 0:
             terms = log.flush(step)
             bar.set_postfix({"epoch": epoch + 1, term: f"{terms[term]:.3f}"}, refresh=False)
@@ -213,7 +221,7 @@ def train(splits, device, bf16, config, stop, args):
             results = validate(encoder, splits["val"], epoch + 1, step, history, args)
             seconds = round(time.monotonic() - began, 1)
             history.append({"epoch": epoch + 1, "step": step, "seconds": seconds, **terms, **results})
-        if saving:
+        if saving and first:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | about(encoder, step // steps, args))
             write_metrics(args.save_dir, history)
@@ -223,9 +231,10 @@ def train(splits, device, bf16, config, stop, args):
                 log.add_scalar(f"validation/{name}", r["accuracy"], step)
             said = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
             bar.write(f"epoch {epoch + 1}  {said}  {args.loss} {terms[term]:.3f}")
-        if stopping:
+        if leaving:
             break
     bar.close()
+    part(stop)
     if stop:
         print(f"stopped after step {step}; --resume continues", file=sys.stderr)
         sys.exit(128 + stop[0])
@@ -233,11 +242,12 @@ def train(splits, device, bf16, config, stop, args):
 
 def main():
     args = parse_args()
-    with program():
-        device = choose_device(args.device)
+    batch_size = 0 if args.export_only or args.contact_sheet else args.batch_size
+    with program(), join(args.device, batch_size) as device:
         bf16 = not args.export_only and use_bf16(args.precision, device)
         if args.probe:
             check_probe()
+        wait(rank() > 0)  # until the first has prepared the data and opened the folder
         splits = load_splits(args)
         if args.contact_sheet:
             draws, strength = (
@@ -263,7 +273,9 @@ def main():
         check_feature_dir(args.feature_save_dir)
         if not args.export_only:
             longer = {"train_epochs"} if args.constant_epochs >= args.train_epochs else set()
-            config = open_folder(args.save_dir, config, args.resume, names("run", "test") | longer)
+            if rank() == 0:
+                config = open_folder(args.save_dir, config, args.resume, names("run", "test") | longer)
+            wait(rank() == 0)
             with catch_stop() as stop:
                 train(splits, device, bf16, config, stop, args)
         else:

@@ -225,6 +225,7 @@ def simclr_step(flags, tiny, device, bf16):
         torch.optim.Adam(parameters, lr=args.lr, fused=True),
         torch.optim.Adam(oracle.parameters(), lr=args.lr),
     )
+    network = torch.nn.Sequential(encoder, projection)
     on_device, draws = images.to(device), torch.Generator().manual_seed(0)
     x = data.training_views(
         on_device, torch.Generator().manual_seed(0), size, args.views, strength
@@ -240,7 +241,7 @@ def simclr_step(flags, tiny, device, bf16):
     def our_step():
         views = data.training_views(on_device, draws, size, args.views, strength)
         return (
-            main.train_step(encoder, projection, our_adam, views, args.lr, args.temperature, criterion)
+            main.train_step(network, our_adam, views, args.lr, args.temperature, criterion)
             .detach()
             .view(1)
         )

@@ -18,8 +18,8 @@ def test_the_mixture_and_its_evaluation_are_the_same_files(name):
 
 
 @pytest.mark.parametrize("folder", ["mimgnet", "simclr"])
-def test_machine_and_runtime_are_the_same_files(folder):
-    for name in ("machine.py", "runtime.py"):
+def test_machine_runtime_and_parallel_are_the_same_files(folder):
+    for name in ("machine.py", "runtime.py", "parallel.py"):
         assert (ROOT / folder / name).read_bytes() == (ROOT / "omniglot" / name).read_bytes()
 
 

@@ -47,14 +47,14 @@ def test_a_training_step_never_waits_for_the_gpu(folder):
 def test_a_simclr_step_never_waits_for_the_gpu():
     main, model, dataloader = (load("simclr", name) for name in ("main", "model", "dataloader"))
     encoder, projection = model.Encoder(8, bf16=True).to(DEVICE), model.projection_head(8).to(DEVICE)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *projection.parameters()], fused=True)
+    network = torch.nn.Sequential(encoder, projection)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
     images = torch.randint(256, (32, 84, 84, 3), dtype=torch.uint8, device=DEVICE)
     generator = torch.Generator().manual_seed(0)
     try:
         for _ in range(3):
-            loss = main.train_step(
-                encoder, projection, optimizer, dataloader.training_views(images, generator), 1e-3, 0.5
-            )
+            views = dataloader.training_views(images, generator)
+            loss = main.train_step(network, optimizer, views, 1e-3, 0.5)
             torch.cuda.set_sync_debug_mode("error")
     finally:
         torch.cuda.set_sync_debug_mode("default")
