@@ -68,8 +68,8 @@ CANONICAL = FAST | {"target", "warp", "kl_weight", "e_step", "eval_episodes"}
 HEADLINES = {
     "omniglot-canonical",
     "omniglot-5way-long",
-    "mimgnet-5way-prototypical",
-    "simclr-prototypical",
+    "mimgnet-5way-prototypical-512",
+    "simclr-prototypical-512",
 }  # in README.md
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR

@@ -194,6 +194,7 @@ def assert_same_test(folder, out):
 def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
     shots = [1, 5] if folder.name == "omniglot-5way-long" else [1]  # twenty ways take a minute for each
     flags = ["--eval-only", "--checkpoint", folder, "--test-shot", *shots]
+    flags += ["--e-step", load("omniglot", "runtime").read_config(folder)["args"]["e_step"]]
     result = run("omniglot", "--data-dir", omniglot_dir, "--save-dir", tmp_path / "eval", *flags, timeout=300)
     assert result.returncode == 0, result.stderr
     assert_same_test(folder, tmp_path / "eval")
