@@ -157,7 +157,7 @@ def test_a_run_says_how_it_was_made(folder):
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == config["args"]["train_iters"]
     for checkpoint in folder.glob("*best.pt"):
-        assert checkpoint.stat().st_size <= 4e6
+        assert checkpoint.stat().st_size <= 7e6
         kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
         assert kept.keys() >= {"model", "sizes", "step"} and kept.get("way", 5) == config["args"]["way"]
 
