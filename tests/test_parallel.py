@@ -186,7 +186,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", ["mimgnet", "simclr"])  # omniglot's loop is mimgnet's
 def test_a_run_of_two_processes_leaves_the_same_files(folder, data_dirs, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     result = run(folder, *flags_of(folder, data_dirs, one))
@@ -260,10 +260,9 @@ def resumes(data_dirs, save_dir):
     return step
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_killed_process_ends_the_run(who, data_dirs, tmp_path):
+def test_a_killed_process_ends_the_run(data_dirs, tmp_path):
     process, ids = started("mimgnet", data_dirs, tmp_path / "run")
-    os.kill(ids[who], signal.SIGKILL)
+    os.kill(ids[1], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     (line,) = lines_of("main.py", said)
     assert "another process of the run ended" in line and line.endswith("--resume continues from last.pt")
