@@ -213,7 +213,7 @@ def train(splits, device, bf16, config, stop, args):
         bar.update()
         validating = first and (step % (args.freq_epochs * steps) == 0 or step == total)
         leaving = stopping(stop, step % log_every == 0)  # once: a later signal is for the next step
-        saving = step % steps == 0 or leaving or time.monotonic() - saved > SAVE_SECONDS
+        saving = first and (step % steps == 0 or leaving or time.monotonic() - saved > SAVE_SECONDS)
         if saving or step % log_every == 0:
             terms = log.flush(step)
             bar.set_postfix({"epoch": epoch + 1, term: f"{terms[term]:.3f}"}, refresh=False)
@@ -221,7 +221,7 @@ def train(splits, device, bf16, config, stop, args):
             results = validate(encoder, splits["val"], epoch + 1, step, history, args)
             seconds = round(time.monotonic() - began, 1)
             history.append({"epoch": epoch + 1, "step": step, "seconds": seconds, **terms, **results})
-        if saving and first:
+        if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | about(encoder, step // steps, args))
             write_metrics(args.save_dir, history)
