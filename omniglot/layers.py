@@ -28,13 +28,6 @@ class ConvTranspose(nn.ConvTranspose2d):
         return y.add_(self.bias.to(y.dtype).view(-1, 1, 1)) if self.bias.requires_grad else y
 
 
-def frozen_bias(conv):
-    """Freeze a convolution's bias at zero where a batch norm follows: normalising would take it away
-    again."""
-    conv.bias.requires_grad_(False).zero_()
-    return conv
-
-
 class OneChannel(torch.autograd.Function):
     """Convolve transposed, with kernel 4, stride 2 and padding 1, to a single channel.
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import ConvTranspose, frozen_bias
+from blocks import PoolReLU, first_block, frozen_bias
+from layers import ConvTranspose
 from machine import UserError, in_short
 from mixture import classify, fit_prior, log_posterior, log_prior, sample_posterior
 from runtime import load_checkpoint
@@ -52,7 +53,12 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x):
-        return F.max_pool2d(self.norm(self.conv(x)), 2, ceil_mode=True).relu()
+        if not (self.training and x.device.type == "cpu"):
+            return F.max_pool2d(self.norm(self.conv(x)), 2, ceil_mode=True).relu()
+        odd = x.shape[3] % 2, x.shape[2] % 2
+        if x.requires_grad or any(odd):  # a zero beyond the edge is nothing to a ReLU
+            return PoolReLU.apply(F.pad(self.norm(self.conv(x)), (0, odd[0], 0, odd[1])))
+        return first_block(x, self.conv, self.norm)
 
 
 def up_block(channels, kernel_size):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import PoolReLU, first_block, frozen_bias
+from blocks import PoolReLU, first_block, frozen_bias
 from machine import UserError, in_short
 from runtime import load_checkpoint
 

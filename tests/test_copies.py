@@ -23,6 +23,10 @@ def test_machine_runtime_and_parallel_are_the_same_files(folder):
         assert (ROOT / folder / name).read_bytes() == (ROOT / "omniglot" / name).read_bytes()
 
 
+def test_the_blocks_of_both_image_encoders_are_the_same_file():
+    assert (ROOT / "simclr/blocks.py").read_bytes() == (ROOT / "omniglot/blocks.py").read_bytes()
+
+
 @pytest.mark.parametrize(
     "name", ["class SetAttention", "def load_model", "    def posterior", "    def predict_encoded"]
 )

@@ -1,4 +1,7 @@
-"""The encoder's blocks in forms that are fast in training on a CPU; elsewhere PyTorch's own layers run."""
+"""The encoder's blocks in forms that are fast in training on a CPU; elsewhere PyTorch's own layers run.
+
+The same file in omniglot/ and simclr/.
+"""
 
 import torch
 
