@@ -226,8 +226,9 @@ def train(splits, device, bf16, config, stop, args):
             terms = log.flush(step)
             bar.set_postfix({name: f"{value:.2f}" for name, value in terms.items()}, refresh=False)
         if validating:
+            seconds = round(time.monotonic() - began, 1)  # without this validation
             results = validate(evaluated, splits["val"], step, history, args)
-            history.append({"step": step, "seconds": round(time.monotonic() - began, 1), **terms, **results})
+            history.append({"step": step, "seconds": seconds, **terms, **results})
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes, "way": args.way})
@@ -237,9 +238,8 @@ def train(splits, device, bf16, config, stop, args):
             for name, r in results.items():
                 log.add_scalar(f"validation/{name}", r["accuracy"], step)
             said = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
-            bar.write(
-                f"step {step}  {said}  reconstruction {terms['reconstruction']:.1f}  KL {terms['kl']:.1f}"
-            )
+            losses = f"reconstruction {terms['reconstruction']:.1f}  KL {terms['kl']:.1f}"
+            bar.write(f"step {step}  {said}  {losses}")
         if leaving:
             break
     bar.close()

@@ -218,8 +218,8 @@ def train(splits, device, bf16, config, stop, args):
             terms = log.flush(step)
             bar.set_postfix({"epoch": epoch + 1, term: f"{terms[term]:.3f}"}, refresh=False)
         if validating:
+            seconds = round(time.monotonic() - began, 1)  # without this validation
             results = validate(encoder, splits["val"], epoch + 1, step, history, args)
-            seconds = round(time.monotonic() - began, 1)
             history.append({"epoch": epoch + 1, "step": step, "seconds": seconds, **terms, **results})
         if saving:
             progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
