@@ -88,16 +88,17 @@ def gmvae_step(folder, title, flags, images, device, bf16, **sizes):
         first = plain.starting_samples(
             torch.rand(*x.shape[:2], S, device=device, generator=plain_draws), args.way
         )
-        losses = plain.loss_terms(oracle, x, noise, first, args.unsupervised_em_iters)
+        decoded = args.decode_samples
+        if decoded:
+            decoded = torch.rand(noise.shape[:3], device=device, generator=plain_draws).topk(decoded).indices
+        losses = plain.loss_terms(oracle, x, noise, first, args.unsupervised_em_iters, decoded=decoded)
         plain_adam.zero_grad()
         sum(losses).backward()
         plain_adam.step()
         return torch.stack(losses).detach()
 
-    title = (
-        f"{title} step, {args.batch_size} x {args.sample_size}, S={args.train_mc_sample_size}, K={args.way}"
-        + ", compiled" * args.compile
-    )
+    title += f" step, {args.batch_size} x {args.sample_size}, S={args.train_mc_sample_size}, K={args.way}"
+    title += f", {args.decode_samples} decoded" * bool(args.decode_samples) + ", compiled" * args.compile
     precision, tolerance = ("bf16", 2e-2) if bf16 else ("fp32", FP32)
     warm_up = 4 if args.compile else 0  # it compiles, tries, records CUDA graphs and replays them
     return Pair(
@@ -307,6 +308,7 @@ def simclr_export(tiny, device, bf16):
 PAIRS = {
     "omniglot-5way": (omniglot_step, "--way 5 --sample-size 200"),
     "omniglot-20way": (omniglot_step, "--way 20 --sample-size 300"),
+    "omniglot-decode-1": (omniglot_step, "--way 5 --sample-size 200 --decode-samples 1"),
     "omniglot-S1": (omniglot_step, "--way 5 --sample-size 200 --train-mc-sample-size 1"),
     "omniglot-eval-5way": (omniglot_eval, 5, 1000),
     "omniglot-eval-20way": (omniglot_eval, 20, 250),

@@ -193,14 +193,19 @@ class FeatureGMVAE(nn.Module):
         return ((self.decoder(z) - target) ** 2).sum(-1)
 
 
-def loss_terms(network, x, noise, first, iters, fix_pi=False):
-    """(-E log p(x|z), E[log q - log p_psi*]) from noise (B, M, S, D), starting samples first (B, K)."""
+def loss_terms(network, x, noise, first, iters, fix_pi=False, decoded=None):
+    """(-E log p(x|z), E[log q - log p_psi*]) from noise (B, M, S, D), starting samples first (B, K).
+
+    decoded (B, M, n): the samples of each image that pass the decoder; None: all.
+    """
     mean, log_var = network.posterior(x)
     z = mean.unsqueeze(2) + (0.5 * log_var).exp().unsqueeze(2) * noise  # (B, M, S, D)
     samples = z.flatten(1, 2)
     start = torch.stack([samples[b, first[b]] for b in range(len(x))])
     pi, mu = fit_prior(samples, start, iters, fix_pi)
     kl = log_posterior(z, mean, log_var).flatten(1) - log_likelihood(samples, pi.detach(), mu.detach())
+    if decoded is not None:
+        z = z.take_along_dim(decoded.unsqueeze(-1), 2)
     return network.reconstruction(z, x).mean(), kl.mean()
 
 

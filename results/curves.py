@@ -1,0 +1,43 @@
+"""Draw accuracy and both loss terms of Omniglot's trainings over their steps, as results/omniglot/curves.png.
+
+    python results/curves.py
+
+From the validations of metrics.jsonl. Ours decodes another target, so its reconstruction is not comparable.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+OMNIGLOT = Path(__file__).resolve().parent / "omniglot"
+RUNS = {
+    "published, one sample decoded": "published-5way/seed0",
+    "its objective on small sets": "5way-long/seed0",
+    "ours": "canonical/seed0",
+}
+PANELS = {
+    "accuracy, 5 ways, 1 shot (%)": lambda line: line["5way1shot"]["accuracy"],
+    "accuracy, 5 ways, 5 shots (%)": lambda line: line["5way5shot"]["accuracy"],
+    "reconstruction (nats an image)": lambda line: line["reconstruction"],
+    "KL (nats an image)": lambda line: line["kl"],
+}
+
+
+def main():
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), layout="constrained")
+    for label, folder in RUNS.items():
+        lines = [json.loads(line) for line in (OMNIGLOT / folder / "metrics.jsonl").open()]
+        for ax, value in zip(axes, PANELS.values()):
+            ax.plot([line["step"] for line in lines], list(map(value, lines)), ".-", ms=3, lw=1, label=label)
+    for ax, title in zip(axes, PANELS):
+        ax.set(title=title, xlabel="step", xscale="log")
+        ax.grid(alpha=0.3)
+    for ax, published in zip(axes, (94.92, 97.09)):
+        ax.axhline(published, color="black", lw=0.8, ls="--", label="the paper, on test")
+    axes[0].legend(fontsize=7)
+    figure.savefig(OMNIGLOT / "curves.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Measure the seconds of training until Omniglot's test passes the paper's accuracy at 5 ways.
+
+    python results/time_to_paper.py             # seeds 0, 1 and 2 of omniglot/recipes/quick.txt, from scratch
+
+Each seed is one run of omniglot/main.py into <out>/seed<N>: training, then the full test of 1,000 episodes.
+The seconds are those of the training steps: start-up, the one validation at the end and the test are not
+among them. Exits with status 1 if a seed stays below the paper at 1 or 5 shots.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = {"5way1shot": 94.92, "5way5shot": 97.09}  # accuracies in % (paper, table 1)
+
+
+def run(folder, flags):
+    """Train and test in a folder; return (seconds of training, {cell: accuracy in %})."""
+    command = [sys.executable, "main.py", "@recipes/quick.txt", "--save-dir", str(folder), *flags]
+    done = subprocess.run(command, cwd=ROOT / "omniglot")
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    trained = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    test = json.loads((folder / "test.json").read_text())
+    return trained["seconds"], {cell: test[cell]["accuracy"] for cell in PAPER}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--out", type=Path, default=ROOT / "runs/quick", help="a folder of runs, not there yet")
+    args, flags = p.parse_known_args()  # the others are main.py's, e.g. --data-dir
+    runs = [run(args.out.resolve() / f"seed{n}", ["--seed", str(n), *flags]) for n in args.seeds]
+    print(f"\n{'seed':>5}  {'seconds':>7}  " + "  ".join(PAPER))
+    for n, (seconds, test) in zip(args.seeds, runs):
+        print(f"{n:>5}  {seconds:7.1f}  " + "  ".join(f"{accuracy:9.2f}" for accuracy in test.values()))
+    means = [statistics.mean(test[cell] for _, test in runs) for cell in PAPER]
+    print(f"{'mean':>5}  {statistics.mean(s for s, _ in runs):7.1f}  " + "  ".join(f"{m:9.2f}" for m in means))
+    print(f"{'paper':>5}  {'':7}  " + "  ".join(f"{accuracy:9.2f}" for accuracy in PAPER.values()))
+    sys.exit(any(test[cell] < accuracy for _, test in runs for cell, accuracy in PAPER.items()))
+
+
+if __name__ == "__main__":
+    main()
