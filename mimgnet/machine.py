@@ -64,14 +64,11 @@ def program():
     except (UserError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
-        said = (
-            error
-            if isinstance(error, UserError)
-            else f"not enough memory for these sizes ({in_short(error)})"
-        )
-        tqdm.write(
-            f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr
-        )  # below a progress bar, not on it
+        said = error
+        if not isinstance(error, UserError):
+            said = f"not enough memory for these sizes ({in_short(error)})"
+        line = f"{Path(sys.argv[0]).name}: error: {said}"
+        tqdm.write(line, file=sys.stderr)  # below a progress bar, not on it
         sys.exit(2)
     except KeyboardInterrupt:  # outside of training, where there is nothing to save
         sys.exit(130)

@@ -25,26 +25,19 @@ COLOURS = plt.get_cmap("tab10").colors
 
 
 def parse_args(argv=None):
-    """The command line as a namespace."""
-    count = number(int, 1, below=2**31)
+    """Parse the command line."""
+    count, natural = number(int, 1, below=2**31), number(int, 0, below=2**31)
+    data = HERE.parent / "data/omniglot"
     p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument(
-        "--checkpoint", type=user_path, required=True, help="a model, e.g. runs/5way/5shot_best.pt"
-    )
-    p.add_argument(
-        "--data-dir", type=user_path, default=HERE.parent / "data/omniglot", help="folder with test.npy"
-    )
-    p.add_argument("--out", type=user_path, help="folder for the figures (default: the checkpoint's)")
-    p.add_argument("--way", type=number(int, 2, below=11), default=5, help="classes of the episode")
-    p.add_argument("--shot", type=count, default=1, help="support images a class")
-    p.add_argument("--query", type=count, default=15, help="query images a class")
-    p.add_argument("--samples", type=count, default=32, help="Monte-Carlo samples an image")
-    p.add_argument(
-        "--episode",
-        type=number(int, 0, below=2**31),
-        default=0,
-        help="which episode of test classes: its seed",
-    )
+    add = p.add_argument
+    add("--checkpoint", type=user_path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")
+    add("--data-dir", type=user_path, default=data, help="folder with test.npy")
+    add("--out", type=user_path, help="folder for the figures (default: the checkpoint's)")
+    add("--way", type=number(int, 2, below=11), default=5, help="classes of the episode")
+    add("--shot", type=count, default=1, help="support images a class")
+    add("--query", type=count, default=15, help="query images a class")
+    add("--samples", type=count, default=32, help="Monte-Carlo samples an image")
+    add("--episode", type=natural, default=0, help="which episode of test classes: its seed")
     args = p.parse_args(argv)
     args.out = args.out or args.checkpoint.parent
     return args
@@ -54,7 +47,8 @@ def parse_args(argv=None):
 def fit_episode(model, images, args):
     """Adapt an episode by EM.
 
-    Its drawings (way, members, 28, 28), latent means, class means and variances.
+    Returns its drawings (way, members, 28, 28), their latent means, the class means before and after EM, and
+    the variances.
     """
     index = draw_episodes(images, args.way, args.shot, args.query, 1, args.episode)[0]
     x = as_float(images.flatten(0, 1)[index])  # (way, members, 28, 28, 1)
@@ -69,7 +63,7 @@ def fit_episode(model, images, args):
 
 
 def save(figure, path):
-    """Small: the figures are read in a README."""
+    """Write a figure as a small PNG, for a README, and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
     write(path, buffer.getbuffer())
@@ -114,12 +108,9 @@ def latents(mean, before, mu, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True)
     for axis, means, title in zip(axes, (before, mu), ("before EM: support means", "after EM")):
         for k in range(len(mean)):
-            axis.scatter(
-                *((mean[k] - centre) @ plane).mT, s=18, color=COLOURS[k], alpha=0.7, label=f"class {k + 1}"
-            )
-            axis.scatter(
-                *((means[k] - centre) @ plane), s=220, marker="*", color=COLOURS[k], edgecolor="black"
-            )
+            images, star = ((points[k] - centre) @ plane for points in (mean, means))
+            axis.scatter(*images.mT, s=18, color=COLOURS[k], alpha=0.7, label=f"class {k + 1}")
+            axis.scatter(*star, s=220, marker="*", color=COLOURS[k], edgecolor="black")
         axis.set(title=title, xlabel="first axis")
     axes[0].set_ylabel("second axis")
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), title="dot: image\nstar: component")
@@ -127,7 +118,7 @@ def latents(mean, before, mu, path):
 
 
 def curves(metrics, path):
-    """Validation accuracy and both loss terms over the training steps."""
+    """Draw validation accuracy and both loss terms over the training steps."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line["step"] for line in lines]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
@@ -137,11 +128,8 @@ def curves(metrics, path):
     axes[0].legend()
     axes[1].plot(steps, [line["reconstruction"] for line in lines], marker=".")
     axes[2].plot(steps, [line["kl"] for line in lines], marker=".")
-    for axis, title, unit in zip(
-        axes,
-        ("validation accuracy", "reconstruction term", "KL term"),
-        ("%", "nats an image", "nats an image"),
-    ):
+    titles, units = ("validation accuracy", "reconstruction term", "KL term"), ("%", *["nats an image"] * 2)
+    for axis, title, unit in zip(axes, titles, units):
         axis.set(title=title, xlabel="step", ylabel=unit)
     figure.tight_layout()
     save(figure, path)

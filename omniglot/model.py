@@ -126,20 +126,9 @@ class GMVAE(nn.Module):
         with self.autocast(z):
             return self.decoder(z).float().permute(0, 2, 3, 1)
 
-    def forward(
-        self,
-        x,
-        samples,
-        components,
-        em_iters,
-        fix_pi=False,
-        generator=None,
-        start="samples",
-        decoded=None,
-        target=None,
-    ):
-        """Return both terms of the negative evidence lower bound, in nats an image; their sum is the
-        objective.
+    def forward(self, x, samples, components, em_iters, fix_pi=False, generator=None, start="samples",
+                decoded=None, target=None):  # fmt: skip
+        """Return both terms of the negative evidence lower bound, in nats an image; minimise their sum.
 
         x (B, M, 28, 28, 1) float in [0, 1] -> (-E log p(x|z), E[log q(z|x,X) - log p_psi*(z)]), means over
         images and Monte-Carlo samples. psi* is fitted to the sets' own samples inside and carries no

@@ -17,10 +17,8 @@ from parallel import share, world
 
 SIZE = 84
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop's area to the image's, of its width to its height
-JITTER, HUE = (
-    0.8,
-    0.2,
-)  # factors of brightness, contrast, saturation from 1 - JITTER to 1 + JITTER; shift of hue in turns
+# Factors of brightness, contrast and saturation from 1 - JITTER to 1 + JITTER; shift of hue in turns.
+JITTER, HUE = 0.8, 0.2
 STRENGTH = SCALE[0], JITTER, HUE  # what a caller may choose of the views: crop_scale, jitter, hue
 P_FLIP, P_JITTER, P_GREY = 0.5, 0.8, 0.2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in [0, 1]
@@ -183,13 +181,10 @@ def crop(images, boxes, flip, size=SIZE):
     left, top, width, height = boxes.unsqueeze(-1).unbind(1)  # each (N, 1)
     centre = (torch.arange(size, device=images.device) + 0.5) / size
     column = torch.where(flip.unsqueeze(-1), 1 - centre, centre)
-    column = left + (column * width - 0.5).clamp_min(0).minimum(
-        width - 1
-    )  # (N, size), in pixels of the image
+    column = left + (column * width - 0.5).clamp_min(0).minimum(width - 1)  # (N, size), in pixels
     row = top + (centre * height - 0.5).clamp_min(0).minimum(height - 1)
-    grid = (
-        torch.stack(torch.broadcast_tensors(column.unsqueeze(1), row.unsqueeze(2)), -1) * (2 / (SIZE - 1)) - 1
-    )
+    places = torch.stack(torch.broadcast_tensors(column.unsqueeze(1), row.unsqueeze(2)), -1)
+    grid = places * (2 / (SIZE - 1)) - 1
     x = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=True)
     return x.contiguous().div_(255)  # the colour operations below are several times faster on planes
 

@@ -31,17 +31,8 @@ from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf
 from machine import user_path, write
 from model import Encoder, load_model, nt_xent, projection_head, prototypical
 from parallel import gather, join, part, rank, share, stopping, wait, wrap
-from runtime import (
-    Log,
-    describe_run,
-    open_folder,
-    restore,
-    save_checkpoint,
-    say_other_data,
-    snapshot,
-    write_json,
-    write_metrics,
-)
+from runtime import Log, describe_run, open_folder, restore, save_checkpoint
+from runtime import say_other_data, snapshot, write_json, write_metrics
 
 VALIDATION_SEED = 1  # of the episodes: the same for every run
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
