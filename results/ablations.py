@@ -1,11 +1,11 @@
 """What each part of the method contributes: one thing changed at a time, by a flag of main.py, everything
 else equal.
 
-    python results/ablations.py ways omniglot-5way-fast   # a trained run at other numbers of ways: a minute
-    python results/ablations.py test omniglot-5way-fast     # and with one thing changed in the test: minutes
-    python results/ablations.py train                     # short trainings on Omniglot: minutes each
-    python results/ablations.py active                    # counts the latent dimensions that all these use
-    python results/ablations.py plot                        # the figures from what the others have left
+    python results/ablations.py ways omniglot/5way-fast/seed0   # a run at other numbers of ways: a minute
+    python results/ablations.py test omniglot/5way-fast/seed0   # one thing changed in the test: minutes
+    python results/ablations.py train       # short trainings on Omniglot: minutes each
+    python results/ablations.py active      # counts the latent dimensions that all these use
+    python results/ablations.py plot        # the figures from what the others have left
 
 `ways` and `test` add to results/ablations/<run>.json, {flags: test.json}; `train` makes a folder
 results/ablations/<name> for each training, as any run leaves it, and continues where it was killed; `active`
@@ -15,7 +15,6 @@ writes results/ablations/active.json. `make table` puts all into results/ablatio
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ TEST = [
     "--no-set-attention",
 ]  # fmt: skip
 SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 600 --train-iters 600 --freq-iters 150 --ema-decay 0.98"
-MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet-5way-fast, with which to compare
+MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet/5way-fast, with which to compare
 TRAIN = {  # name -> what differs from SHORT or, for Mini-ImageNet, from MINI; a later flag overrides
     "as-the-others": "",
     "seed-1": "--seed 1",
@@ -71,8 +70,9 @@ def test(run, variants, data_dir):
     for variant in variants:
         with tempfile.TemporaryDirectory() as out:
             flags = ["--eval-only", "--checkpoint", RESULTS / run, "--save-dir", out, "--test-shot", 1, 5]
-            main_py(run.split("-")[0], data_dir, *flags, *variant.split())
+            main_py(run.split("/")[0], data_dir, *flags, *variant.split())
             results[variant] = json.loads(Path(out, "test.json").read_text())
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
 
 
@@ -117,12 +117,13 @@ def active(data_dir):
         images = load_split(data_dir or RESULTS.parent / DATA["omniglot"], "val").flatten(0, 1)
         sets = draw_sets(images, len(images) // 200, 200, torch.Generator().manual_seed(0))
         for weights in [
-            *sorted(RESULTS.glob("omniglot-*/1shot_best.pt")),
+            *sorted(RESULTS.glob("omniglot/*/seed*/1shot_best.pt")),
             *sorted(OUT.glob("*/1shot_best.pt")),
         ]:
             model = load_model(weights)
             terms = [model.posterior(model.encode(x).unsqueeze(0)) for x in sets]
-            name = weights.parent.name
+            place = RESULTS if weights.is_relative_to(RESULTS / "omniglot") else OUT
+            name = weights.parent.relative_to(place).as_posix()
             counts[name] = [
                 active_dims(*(torch.cat(parts, 1)[0] for parts in zip(*terms))),
                 model.sizes["latent_size"],
@@ -131,14 +132,12 @@ def active(data_dir):
     save(path, lambda temporary: temporary.write_text(json.dumps(counts, indent=1) + "\n"))
 
 
-def without_seed(name):
-    """The name of a run without the seed: 'a-seed1' -> 'a'."""
-    return re.sub(r"-seed\d+$", "", name)
-
-
 def tested():
     """{run: {flags: its test.json}} of what `ways` and `test` have left."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(OUT.glob("*-*.json"))}
+    found = {
+        path.relative_to(OUT): json.loads(path.read_text()) for path in sorted(OUT.glob("*/*/seed*.json"))
+    }
+    return {path.with_suffix("").as_posix(): variants for path, variants in found.items()}
 
 
 def other_ways():
@@ -146,8 +145,8 @@ def other_ways():
     was run."""
     runs = {}
     for run, variants in tested().items():
-        if run.startswith("omniglot-") and WAYS in variants:
-            runs.setdefault(without_seed(run), []).append(variants[WAYS])
+        if run.startswith("omniglot/") and WAYS in variants:
+            runs.setdefault(run.rpartition("/")[0], []).append(variants[WAYS])
     return runs
 
 
@@ -227,7 +226,11 @@ def main():
     known = (
         sorted(TRAIN)
         if args.what == "train"
-        else sorted(path.parent.name for name in DATA for path in RESULTS.glob(f"{name}-*/config.json"))
+        else sorted(
+            path.parent.relative_to(RESULTS).as_posix()
+            for name in DATA
+            for path in RESULTS.glob(f"{name}/*/seed*/config.json")
+        )
     )
     if args.what in ("ways", "test") and not args.names:
         p.error(f"no run found, at least one of {', '.join(known)} expected")

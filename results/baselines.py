@@ -1,6 +1,6 @@
 """Few-shot classifiers on Mini-ImageNet's features alone, without the VAE: what Meta-GMVAE adds to them.
 
-    python results/baselines.py simclr-prototypical    # features in data/imgnet, or --data-dir
+    python results/baselines.py simclr/prototypical/seed0    # features in data/imgnet, or --data-dir
 
 Nearest support mean looks at one query at a time. EM starts there and looks at the queries together: `adapt`
 of mixture.py on the features themselves. Writes baselines.json into the run's folder.

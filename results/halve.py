@@ -33,7 +33,7 @@ def halve(path):
 
 def main():
     with program():
-        for path in sorted(RESULTS.glob("*-*/*best.pt")):
+        for path in sorted(RESULTS.glob("*/*/seed*/*best.pt")):
             halve(path)
 
 

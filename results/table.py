@@ -3,9 +3,8 @@
     python results/table.py            # rewrites the tables of every README.md
     python results/table.py --check    # exit status 1 if they disagree with results/
 
-A run is a folder <experiment>-<name> or, for several seeds of one run, <experiment>-<name>-seed<N>; simclr
-and simclr-<name> are runs that learned the features of mimgnet runs, whose config.json says after how many
-epochs.
+A run is a folder <experiment>/<recipe>/seed<N>. Those of simclr learned the features of mimgnet runs, whose
+config.json says after how many epochs.
 """
 
 import json
@@ -13,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from ablations import MINI, SHORT, TEST, TRAIN, other_ways, tested, without_seed
+from ablations import MINI, SHORT, TEST, TRAIN, other_ways, tested
 
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
@@ -66,10 +65,10 @@ FAST = {
 # Ours: the decoder draws the character without its pose.
 CANONICAL = FAST | {"target", "warp", "kl_weight", "e_step", "eval_episodes"}
 HEADLINES = {
-    "omniglot-canonical",
-    "omniglot-5way-long",
-    "mimgnet-5way-prototypical-512",
-    "simclr-prototypical-512",
+    "omniglot/canonical",
+    "omniglot/5way-long",
+    "mimgnet/prototypical-512",
+    "simclr/prototypical-512",
 }  # in README.md
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
@@ -77,15 +76,20 @@ SIMCLR = {"batch_size": 512, "view_size": 84}
 
 
 def read_runs():
-    """{name without seed: [{config, test, seconds}, ...]} of every folder with a test.json."""
+    """{experiment/recipe: what `read_run` found of each seed} of every run with a test.json."""
     runs = {}
-    for path in sorted(RESULTS.glob("*/test.json")):
-        config, metrics = path.with_name("config.json"), path.with_name("metrics.jsonl")
-        seconds = json.loads(metrics.read_text().splitlines()[-1])["seconds"] if metrics.exists() else None
-        name = without_seed(path.parent.name)
-        run = {"args": {}, "device": "?"} | json.loads(config.read_text())
-        runs.setdefault(name, []).append(run | {"test": json.loads(path.read_text()), "seconds": seconds})
+    for path in sorted(RESULTS.glob("*/*/seed*/test.json")):
+        name = path.parent.parent.relative_to(RESULTS).as_posix()
+        runs.setdefault(name, []).append(read_run(path.parent))
     return runs
+
+
+def read_run(folder):
+    """Its config.json with its test.json, how long it trained and, where there is one, its baselines.json."""
+    config, test = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "test"))
+    beside, metrics = folder / "baselines.json", (folder / "metrics.jsonl").read_text().splitlines()
+    baselines = json.loads(beside.read_text()) if beside.exists() else {}
+    return config | {"test": test, "seconds": json.loads(metrics[-1])["seconds"], "baselines": baselines}
 
 
 def recipe(experiment, run):
@@ -168,7 +172,7 @@ def rows(experiment, runs, detail=True):
     made_by = {
         name: recipe(experiment, seeds[0])
         for name, seeds in runs.items()
-        if name.startswith(f"{experiment}-")
+        if name.startswith(f"{experiment}/")
     }
     if experiment == "mimgnet":
         encoders = {
@@ -188,14 +192,11 @@ def rows(experiment, runs, detail=True):
                 mean, spread = score([run["test"] for run in seeds], cell)
                 scores[cell] = f"{mean:.2f} ({mean - published:+.2f})<br>{spread}"
         found.append((how, scores, describe(name, seeds)))
-        beside = RESULTS / name / "baselines.json"
-        for other, tested in json.loads(beside.read_text()).items() if detail and beside.exists() else ():
+        for other, cells_of in seeds[0].get("baselines", {}).items() if detail else ():
             scores = {}
             for cell, published in cells.items():
-                difference = tested[cell]["accuracy"] - published
-                scores[cell] = (
-                    f"{tested[cell]['accuracy']:.2f} ({difference:+.2f})<br>{interval(tested[cell])}"
-                )
+                mean, spread = score([cells_of], cell)
+                scores[cell] = f"{mean:.2f} ({mean - published:+.2f})<br>{spread}"
             found.append((how.replace("logistic regression", other), scores, f"[`{name}`](results/{name})"))
     whole = {cell for how, scores, _ in found if how == "published" for cell in scores}
     missing = {cell: "not run" for cell in cells if cell not in whole}
@@ -267,7 +268,7 @@ def test_ablations():
 
 def train_ablations():
     """Trainings with one thing changed: what `results/ablations.py train` has left, for each experiment."""
-    rows = {"omniglot": [], "mimgnet": [(RESULTS / "mimgnet-5way-fast", "")]}  # (folder, changed flags)
+    rows = {"omniglot": [], "mimgnet": [(RESULTS / "mimgnet/5way-fast/seed0", "")]}  # (folder, changed flags)
     for name, flags in TRAIN.items():
         rows["mimgnet" if name.startswith("mimgnet-") else "omniglot"].append(
             (RESULTS / "ablations" / name, flags)
@@ -299,7 +300,7 @@ def train_ablations():
             lines.append(f"| {f'`{flags}`' if flags else 'nothing'} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     trained = ", ".join(
-        f"`{name}` {used}" for name, (used, _) in active.items() if name.startswith("omniglot-")
+        f"`{name}` {used}" for name, (used, _) in active.items() if name.startswith("omniglot/")
     )
     return "\n\n".join([*parts, f"Dimensions used by the runs of `../README.md`: {trained}"])
 
@@ -308,9 +309,7 @@ def recipe_table():
     """What was tried for the fast recipe: the validations in results/recipe/*.jsonl, and of the runs kept."""
     lines = ["| run | steps | 1-shot | 5-shot | reconstruction | KL |", "|---|---|---|---|---|---|"]
     kept = {
-        path.parent.name: path
-        for path in RESULTS.glob("omniglot-*/metrics.jsonl")
-        if "-seed" not in path.parent.name
+        f"omniglot/{path.parent.parent.name}": path for path in RESULTS.glob("omniglot/*/seed0/metrics.jsonl")
     }
     for name, path in sorted(
         ({path.stem: path for path in (RESULTS / "recipe").glob("*.jsonl")} | kept).items()
@@ -337,7 +336,7 @@ def recipe_table():
 
 def demo():
     """What `make demo` printed, and how long it trained."""
-    run = read_runs()["demo"][0]
+    run = read_run(RESULTS / "demo")
     lines = [
         f"test  {name:>12}  {interval(cell):>14} %  ({cell['episodes']} episodes)"
         for name, cell in run["test"].items()

@@ -15,10 +15,15 @@ import torch
 from conftest import ROOT, load, needs_shared_data, run, shared_data
 
 OMNIGLOT, MIMGNET = (
-    sorted(path.parent for path in (ROOT / "results").glob(f"{name}-*/test.json"))
+    sorted(path.parent for path in (ROOT / "results").glob(f"{name}/*/seed*/test.json"))
     for name in ("omniglot", "mimgnet")
 )
 RUNS = OMNIGLOT + MIMGNET
+
+
+def name_of(folder):
+    """'omniglot/canonical/seed0' of a run's folder."""
+    return folder.relative_to(ROOT / "results").as_posix()
 
 
 def test_tables_agree_with_results():
@@ -37,11 +42,11 @@ def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
         return {"args": vars(parse(flags.split())), "device": "a GPU", "seconds": 90.0, "test": test}
 
     runs = {
-        "omniglot-5way": [
+        "omniglot/5way": [
             fake("", **{"5way1shot": 94.0, "5way5shot": 97.0}),
             fake("--seed 1", **{"5way1shot": 95.0, "5way5shot": 97.0}),
         ],
-        "omniglot-20way-fast": [
+        "omniglot/20way-fast": [
             fake(
                 "--way 20 --sample-size 300 --kl-warmup-iters 9 --train-iters 50",
                 **{"20way1shot": 80.0, "20way5shot": 90.0},
@@ -120,7 +125,7 @@ def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
 def test_other_ways_are_of_the_runs_themselves():
     ablations = load("results", "ablations")
     for name, variants in ablations.tested().items():
-        if name.startswith("omniglot-"):
+        if name.startswith("omniglot/"):
             found, said = (
                 variants[ablations.WAYS],
                 json.loads((ROOT / "results" / name / "test.json").read_text()),
@@ -150,7 +155,7 @@ def test_the_active_dimensions_are_those_of_the_checkpoints(omniglot_dir, tmp_pa
     )
 
 
-@pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", RUNS, ids=name_of)
 def test_a_run_says_how_it_was_made(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["command"].startswith("python main.py") and config["device"] and config["versions"]["torch"]
@@ -189,11 +194,9 @@ def assert_same_test(folder, out):
 
 
 @needs_shared_data
-@pytest.mark.parametrize(
-    "folder", [path for path in OMNIGLOT if list(path.glob("*best.pt"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("folder", [path for path in OMNIGLOT if list(path.glob("*best.pt"))], ids=name_of)
 def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
-    shots = [1, 5] if folder.name == "omniglot-5way-long" else [1]  # twenty ways take a minute for each
+    shots = [1, 5] if folder.parent.name == "5way-long" else [1]  # twenty ways take a minute for each
     flags = ["--eval-only", "--checkpoint", folder, "--test-shot", *shots]
     flags += ["--e-step", load("omniglot", "runtime").read_config(folder)["args"]["e_step"]]
     result = run("omniglot", "--data-dir", omniglot_dir, "--save-dir", tmp_path / "eval", *flags, timeout=300)
@@ -203,7 +206,7 @@ def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
 
 @needs_shared_data
 @pytest.mark.parametrize(
-    "name", sorted(path.parent.name for path in (ROOT / "results").glob("simclr*/encoder.pt"))
+    "name", sorted(name_of(path.parent) for path in (ROOT / "results").glob("simclr/*/seed*/encoder.pt"))
 )
 def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
     """From the real test images through results/<name>/encoder.pt to one-shot accuracies on its features."""
@@ -228,7 +231,7 @@ def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
     for folder in runs:
         flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1, "--images-per-class", 600]
         result = run(
-            "mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / folder.name, *flags, timeout=300
+            "mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / name_of(folder), *flags, timeout=300
         )
         assert result.returncode == 0, result.stderr
-        assert_same_test(folder, tmp_path / folder.name)
+        assert_same_test(folder, tmp_path / name_of(folder))
