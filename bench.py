@@ -1,4 +1,4 @@
-"""Time and memory of the programs on this machine, at the published settings and on random inputs.
+"""Measure time and memory of the programs on this machine, at the published settings and on random inputs.
 
     python bench.py                   # every measurement, about 6 minutes on two CPU cores
     python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 17 minutes
@@ -11,8 +11,7 @@ earlier one left of the heap made the plain version twice as fast or slow.
 
 import os
 
-# Huge pages, as the programs have them. torch reads it once, so the plain version has them too, which favours
-# it.
+# Huge pages, as the programs have them. torch reads it once: the plain version has them too, a favour to it.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import ctypes
@@ -45,7 +44,7 @@ SECONDS = 12  # of timing, for each part of a measurement: 6 calls if they take 
 
 
 def glibc():
-    """The C library's allocator; None where it is another library's."""
+    """Return the C library that allocates; None where it is another library."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
@@ -54,33 +53,27 @@ def glibc():
 
 
 def use_allocator(version):
-    """`keep_memory` is part of our version only. For the plain one: a stock process, whose thresholds have
-    risen to their highest."""
+    """Give our version `keep_memory`, the plain one a stock process with its thresholds at their highest."""
     libc = glibc()
     if version == "ours":
         machine.keep_memory()
     elif libc:
         trim_threshold, mmap_threshold, mmap_max, arena_max = -1, -3, -4, -8  # malloc.h
-        for option, value in (
-            (mmap_max, 65536),
-            (mmap_threshold, 32 * 2**20),
-            (trim_threshold, 64 * 2**20),
-            (arena_max, 0),
-        ):
-            libc.mallopt(option, value)
+        libc.mallopt(mmap_max, 65536)
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 64 * 2**20)
+        libc.mallopt(arena_max, 0)
         libc.malloc_trim(0)
 
 
 def resident(field):
-    """VmRSS or VmHWM (its peak) of this process in bytes, from Linux."""
-    return 1024 * int(
-        re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1]
-    )
+    """Ask Linux for VmRSS or VmHWM (its peak) of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\s*(\d+)", status, re.MULTILINE)[1])
 
 
 def peak_of(call, device):
-    """(result, peak of the memory that a call adds to what was there before, in bytes); None where nothing
-    tells."""
+    """Return (result, peak of the memory that a call adds, in bytes; None where nothing tells)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -98,7 +91,7 @@ def peak_of(call, device):
 
 
 def seconds(call, device, repeat=1):
-    """Of one of `repeat` calls in a row: a GPU is waited for only at both ends."""
+    """Time one of `repeat` calls in a row: a GPU is waited for only at both ends."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     wait(device)
     start = time.perf_counter()
@@ -109,37 +102,28 @@ def seconds(call, device, repeat=1):
 
 
 def first_calls(call, device, warm_up):
-    """The warm-up: (first result, FLOP of its matrix products and convolutions, peak memory or None,
-    seconds)."""
+    """Warm up; return (first result, FLOP of products and convolutions, peak memory or None, seconds)."""
     observed = [peak_of(call, device) for _ in range(warm_up)]
     with FlopCounterMode(display=False) as counter:  # under which torch.compile stands aside
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
-    if (
-        took < 10 or device.type == "cuda"
-    ):  # a second one, without what only the first has to load or to choose
+    if took < 10 or device.type == "cuda":  # once more, without what only the first has to load or to choose
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
     memory = observed[0 if warm_up else -1][1]  # CUDA graphs keep theirs from the first call on
     return observed[0][0], counter.get_total_flops(), memory, took
 
 
 def measure(pair, device, baseline, repeat):
-    """The pair's row of the JSON file; its `difference` of the two versions' results is to stay below its
-    `tolerance`."""
+    """Measure a pair: its row of the JSON file, where `difference` is to stay below `tolerance`."""
     versions = {"ours": pair.ours} | ({"plain": pair.plain} if baseline else {})
-    rounds, results, plans, samples = (
-        3 if baseline else 1,
-        {},
-        {},
-        {},
-    )  # a shared machine is fast and slow by turns, too
+    rounds = 3 if baseline else 1  # a shared machine is fast and slow by turns, too
+    results, plans, samples = {}, {}, {}
     row = {"title": pair.title, "unit": pair.unit, "items": pair.items, "precision": pair.precision}
     for version, parts in versions.items():
         use_allocator(version)
         row[version], memories = {"flop": 0}, []
         for part, (call, times) in parts.items():
-            results[version], flop, memory, took = first_calls(
-                call, device, pair.warm_up if version == "ours" else 0
-            )
+            warm_up = pair.warm_up if version == "ours" else 0
+            results[version], flop, memory, took = first_calls(call, device, warm_up)
             count = repeat or int(min(max(SECONDS / took, 6 if version == "ours" else 3), 30))
             plans[version, part] = call, math.ceil(count / rounds), max(1, int(0.05 / took))
             row[version]["flop"] += int(times * flop)
@@ -150,14 +134,13 @@ def measure(pair, device, baseline, repeat):
     for _ in range(rounds):
         for (version, part), (call, count, in_a_row) in plans.items():
             use_allocator(version)
-            torch.backends.cudnn.allow_tf32 = (
-                version == "plain"
-            )  # torch's default; until here both were compared without
+            # torch's default for the plain version; until here both were compared without.
+            torch.backends.cudnn.allow_tf32 = version == "plain"
+            # Ours gets back its pages, lost in the other's turn; with TF32 cuDNN chooses anew.
             for _ in range({"ours": 3 if baseline else 0, "plain": int(device.type == "cuda")}[version]):
-                call()  # ours gets back its pages, lost in the other's turn; with TF32 cuDNN chooses anew
-            samples.setdefault((version, part), []).extend(
-                seconds(call, device, in_a_row) for _ in range(count)
-            )
+                call()
+            timed = [seconds(call, device, in_a_row) for _ in range(count)]
+            samples.setdefault((version, part), []).extend(timed)
     torch.backends.cudnn.allow_tf32 = False
     for version, parts in versions.items():
         medians = {part: statistics.median(samples[version, part]) for part in parts}
@@ -166,13 +149,8 @@ def measure(pair, device, baseline, repeat):
         row[version]["parts"] = {}
         for part, (_, times) in parts.items():
             took = samples[version, part]
-            row[version]["parts"][part] = {
-                "seconds": medians[part],
-                "least": min(took),
-                "most": max(took),
-                "times": times,
-                "samples": len(took),
-            }
+            spread = {"seconds": medians[part], "least": min(took), "most": max(took)}
+            row[version]["parts"][part] = spread | {"times": times, "samples": len(took)}
     if baseline:
         row["speedup"] = row["plain"]["seconds"] / row["ours"]["seconds"]
         if row["ours"]["memory_bytes"] and row["plain"]["memory_bytes"]:
@@ -181,7 +159,7 @@ def measure(pair, device, baseline, repeat):
 
 
 def matmul_rate(precision, device, size):
-    """FLOP a second of a large square matrix product, the best of several: what the shares are shares of."""
+    """Return FLOP a second of a large square matrix product, the best of several: shares are of it."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = min(seconds(lambda: a @ a, device) for _ in range(8))
     return 2 * size**3 / best
@@ -191,42 +169,26 @@ def matmul_rate(precision, device, size):
 
 
 HEADER = [
-    "measurement",
-    "precision",
-    "ours",
-    "peak memory",
-    "TFLOP",
-    "of matmul rate",
-    "plain",
-    "peak memory",
-    "speed-up",
-    "less memory",
-]
+    "measurement", "precision", "ours", "peak memory", "TFLOP", "of matmul rate",
+    "plain", "peak memory", "speed-up", "less memory",
+]  # fmt: skip
 
 
 def cells(row):
-    """A row of the JSON file as texts under HEADER; what was not measured is empty."""
-    costs = {}
-    for version in ("ours", "plain"):
-        r = row.get(version, {})
-        time_or_rate = (
-            ""
-            if not r
-            else f"{1000 * r['seconds']:,.1f} ms"
-            if row["items"] == 1
-            else f"{r['rate']:,.1f} {row['unit']}/s"
-        )
-        costs[version] = [
-            time_or_rate,
-            f"{r['memory_bytes'] / 2**20:,.0f} MiB" if r.get("memory_bytes") is not None else "",
-        ]
+    """Write a row of the JSON file as texts under HEADER; what was not measured is empty."""
+    costs = {"ours": ["", ""], "plain": ["", ""]}
+    for version in costs.keys() & row.keys():
+        r, one = row[version], row["items"] == 1
+        pace = f"{1000 * r['seconds']:,.1f} ms" if one else f"{r['rate']:,.1f} {row['unit']}/s"
+        memory = "" if r["memory_bytes"] is None else f"{r['memory_bytes'] / 2**20:,.0f} MiB"
+        costs[version] = [pace, memory]
     work = [f"{row['ours']['flop'] / 1e12:.3g}", f"{row['ours']['share_of_matmul_rate']:.0%}"]
     ratios = [f"{row[key]:.1f}x" if key in row else "" for key in ("speedup", "memory_ratio")]
     return [row["title"], row["precision"], *costs["ours"], *work, *costs["plain"], *ratios]
 
 
 def show(header, rows):
-    """Prints a table in Markdown, aligned."""
+    """Print a table in Markdown, aligned."""
     rows = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
@@ -235,12 +197,10 @@ def show(header, rows):
 
 
 def bench(args, device, bf16):
-    """Measures, prints the table; -> the JSON file."""
+    """Measure, print the table, and return what the JSON file holds."""
     size = 256 if args.tiny else 8192 if device.type == "cuda" else 2048
-    rates = {
-        precision: matmul_rate(precision, device, size)
-        for precision in (["fp32", "bf16"] if bf16 else ["fp32"])
-    }
+    precisions = ["fp32", "bf16"] if bf16 else ["fp32"]
+    rates = {precision: matmul_rate(precision, device, size) for precision in precisions}
     rows, names = {}, args.only or [name for name in PAIRS if name not in COMPILED or device.type == "cuda"]
     for name in names:
         print(f"{name} ...", file=sys.stderr)
@@ -249,26 +209,16 @@ def bench(args, device, bf16):
         else:
             build, *settings = PAIRS[name]
             row = measure(build(*settings, args.tiny, device, bf16), device, args.baseline, args.repeat)
-        rows[name] = row
-        row["ours"]["share_of_matmul_rate"] = (
-            row["ours"]["flop"] / row["ours"]["seconds"] / rates[row["precision"]]
-        )
+        rows[name], rate = row, row["ours"]["flop"] / row["ours"]["seconds"]
+        row["ours"]["share_of_matmul_rate"] = rate / rates[row["precision"]]
     show(HEADER, map(cells, rows.values()))
-    print(
-        ", ".join(
-            f"{precision} matrix product {rate / 1e12:.3g} TFLOP/s" for precision, rate in rates.items()
-        )
-    )
-    return {
-        **about(args, device),
-        "precision": "bf16" if bf16 else "fp32",
-        "matmul_flop_per_second": rates,
-        "measurements": rows,
-    }
+    print(", ".join(f"{name} matrix product {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items()))
+    found = {"matmul_flop_per_second": rates, "measurements": rows}
+    return {**about(args, device), "precision": precisions[-1], **found}
 
 
 def measure_apart(name):
-    """One row of the report, by this command in a process of its own."""
+    """Measure one row of the report by this command in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--out", folder]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -280,64 +230,39 @@ def measure_apart(name):
 
 
 def about(args, device):
-    """Where and how it was measured."""
+    """Say where and how it was measured."""
     described = runtime.describe_run({}, device, None, {})
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-    }
-    facts = {
+    versions = {"python": platform.python_version()}
+    versions |= {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+    return {
+        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
+        "git_commit": described["git_commit"],
         "device": described["device"].partition(",")[0],
         "threads": torch.get_num_threads(),
         "versions": versions,
         "tiny": args.tiny,
     }
-    return {
-        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
-        "git_commit": described["git_commit"],
-        **facts,
-    }
 
 
 def compare_precision(args, device):
-    """A short training in both precisions by omniglot/main.py: the same seeds, so the same weights, sets,
-    noise and episodes.
+    """Train for a short time in both precisions by omniglot/main.py; return what the JSON file holds.
 
-    With a low KL weight it learns within a few hundred steps.
-
-    -> its JSON file: {seed: {precision: lines of metrics.jsonl}}, the losses those of a single step.
+    The same seeds give the same weights, sets, noise and episodes. With a low KL weight it learns within a
+    few hundred steps. `runs` is {seed: {precision: lines of metrics.jsonl}}, the losses those of one step.
     """
     steps, runs = args.compare_precision, {}
     recipe = f"--train-mc-sample-size 1 --kl-warmup-iters {math.ceil(steps / 2)} --kl-weight 0.1"
     recipe += f" --lr-schedule cosine --train-iters {steps} --freq-iters {math.ceil(steps / 10)}"
-    recipe += (
-        " --hidden-size 8 --latent-size 6 --batch-size 2 --sample-size 20 --eval-episodes 20"
-        " --test-mc-sample-size 4"
-        if args.tiny
-        else ""
-    )
+    if args.tiny:
+        recipe += " --hidden-size 8 --latent-size 6 --batch-size 2 --sample-size 20"
+        recipe += " --eval-episodes 20 --test-mc-sample-size 4"
+    command = [sys.executable, "main.py", "--data-dir", str(args.data_dir.resolve()), "--device", str(device)]
     for seed in range(args.repeat or 2):
         for precision in ("fp32", "bf16"):
             with tempfile.TemporaryDirectory() as folder:
-                where = [
-                    "--data-dir",
-                    str(args.data_dir.resolve()),
-                    "--save-dir",
-                    folder,
-                    "--device",
-                    str(device),
-                    "--seed",
-                    str(seed),
-                    "--precision",
-                    precision,
-                ]
-                done = subprocess.run(
-                    [sys.executable, "main.py", *where, *recipe.split()],
-                    cwd=ROOT / "omniglot",
-                    stdout=subprocess.DEVNULL,
-                )
+                flags = f"--seed {seed} --precision {precision} {recipe}".split()
+                call = [*command, "--save-dir", folder, *flags]
+                done = subprocess.run(call, cwd=ROOT / "omniglot", stdout=subprocess.DEVNULL)
                 if done.returncode:
                     sys.exit(done.returncode)  # it has said why
                 lines = Path(folder, "metrics.jsonl").read_text().splitlines()
@@ -345,63 +270,31 @@ def compare_precision(args, device):
     columns, table = ("reconstruction", "kl", "5way1shot", "5way5shot"), []
     for seed, both in runs.items():
         for line, other in zip(both["fp32"], both["bf16"], strict=True):
-            pairs = [
-                [r[c]["accuracy"] if isinstance(r[c], dict) else r[c] for r in (line, other)] for c in columns
-            ]
+            pairs = [(line[term], other[term]) for term in columns[:2]]
+            pairs += [(line[cell]["accuracy"], other[cell]["accuracy"]) for cell in columns[2:]]
             table.append([seed, str(line["step"]), *(f"{a:.2f} / {b:.2f}" for a, b in pairs)])
     show(["fp32 / bf16", "step", *columns], table)
     return {**about(args, device), "recipe": recipe, "runs": runs}
 
 
 def parse_args(argv=None):
-    count = machine.number(int, 1)
+    count, precisions, data = machine.number(int, 1), ["auto", "fp32", "bf16"], ROOT / "data/omniglot"
+    these = f"measure these alone: {', '.join(PAIRS)} (default: all; compiled ones on a GPU alone)"
+    repeat = f"timings of each part (default: {SECONDS} seconds' worth); seeds of --compare-precision (2)"
+    both = "instead: train in fp32 and in bf16, side by side into <device>-precisions.json (500 steps)"
     p = machine.Parser(description=__doc__.split("\n")[0])
-    p.add_argument(
-        "--only",
-        nargs="+",
-        choices=PAIRS,
-        metavar="NAME",
-        help=f"measure these alone: {', '.join(PAIRS)} (default: all; compiled ones on a GPU alone)",
-    )
-    p.add_argument(
-        "--baseline", action="store_true", help="measure the plain version as well and print the ratios"
-    )
-    p.add_argument(
-        "--repeat",
-        type=count,
-        help=f"timings of each part (default: {SECONDS} seconds' worth); seeds of --compare-precision (2)",
-    )
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="of our networks in training; auto: bf16 where it is fast",
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        help="folder for the JSON file (default: results/bench, or no file with --only or --tiny)",
-    )
-    p.add_argument(
-        "--tiny",
-        action="store_true",
-        help="smoke sizes: shows that everything runs and agrees; its times mean nothing",
-    )
-    p.add_argument(
-        "--compare-precision",
-        type=count,
-        nargs="?",
-        const=500,
-        metavar="STEPS",
-        help="instead: train in fp32 and in bf16, side by side into <device>-precisions.json (500 steps)",
-    )
-    p.add_argument(
-        "--data-dir",
-        type=Path,
-        default=ROOT / "data/omniglot",
-        help="prepared arrays for --compare-precision",
-    )
+    # fmt: off
+    add = p.add_argument
+    add("--only", nargs="+", choices=PAIRS, metavar="NAME", help=these)
+    add("--baseline", action="store_true", help="measure the plain version as well and print the ratios")
+    add("--repeat", type=count, help=repeat)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--precision", choices=precisions, default="auto", help="of our training; auto: bf16 where fast")
+    add("--out", type=Path, help="for the JSON file (default: results/bench, or none with --only or --tiny)")
+    add("--tiny", action="store_true", help="show that everything runs and agrees; its times mean nothing")
+    add("--compare-precision", type=count, nargs="?", const=500, metavar="STEPS", help=both)
+    add("--data-dir", type=Path, default=data, help="prepared arrays for --compare-precision")
+    # fmt: on
     args = p.parse_args(argv)
     if args.out is None and not args.only and not args.tiny:  # part of a table must not replace a whole one
         args.out = ROOT / "results/bench"
@@ -418,20 +311,14 @@ def main():
         report = compare_precision(args, device) if args.compare_precision else bench(args, device, bf16)
         if args.out:
             threads = "" if device.type == "cuda" else f" {report['threads']} threads"
-            slug = re.sub(
-                r"[^a-z0-9]+",
-                "-",
-                f"{report['device']}{threads} {report.get('precision', 'precisions')}".lower(),
-            )
-            path = args.out / f"{slug}.json"
+            name = f"{report['device']}{threads} {report.get('precision', 'precisions')}"
+            path = args.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
             runtime.write_json(path, report)
             print(path)
         for row in report.get("measurements", {}).values():
             if "difference" in row and not row["difference"] <= row["tolerance"]:
-                raise machine.UserError(
-                    f"{row['title']}: results {row['difference']:.2g} from the plain version's found, "
-                    f"at most {row['tolerance']} expected"
-                )
+                found = f"results {row['difference']:.2g} from the plain version's found"
+                raise machine.UserError(f"{row['title']}: {found}, at most {row['tolerance']} expected")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""What each part of the method contributes: one thing changed at a time, by a flag of main.py, everything
-else equal.
+"""Change one thing at a time, by a flag of main.py, to see what each part of the method contributes.
 
-    python results/ablations.py ways omniglot-5way-fast   # a trained run at other numbers of ways: a minute
-    python results/ablations.py test omniglot-5way-fast     # and with one thing changed in the test: minutes
-    python results/ablations.py train                     # short trainings on Omniglot: minutes each
-    python results/ablations.py active                    # counts the latent dimensions that all these use
-    python results/ablations.py plot                        # the figures from what the others have left
+    python results/ablations.py ways omniglot/5way-fast/seed0   # a run at other numbers of ways: a minute
+    python results/ablations.py test omniglot/5way-fast/seed0   # one thing changed in the test: minutes
+    python results/ablations.py train       # short trainings on Omniglot: minutes each
+    python results/ablations.py active      # counts the latent dimensions that all these use
+    python results/ablations.py plot        # the figures from what the others have left
 
-`ways` and `test` add to results/ablations/<run>.json, {flags: test.json}; `train` makes a folder
-results/ablations/<name> for each training, as any run leaves it, and continues where it was killed; `active`
+`ways` and `test` add to results/ablations/<run>.json, {flags: test.json}. `train` makes a folder
+results/ablations/<name> for each training, as any run leaves it, and continues where it was killed. `active`
 writes results/ablations/active.json. `make table` puts all into results/ablations/README.md.
 """
 
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -36,73 +34,74 @@ TEST = [
     "--no-set-attention",
 ]  # fmt: skip
 SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 600 --train-iters 600 --freq-iters 150 --ema-decay 0.98"
-MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet-5way-fast, with which to compare
-TRAIN = {  # name -> what differs from SHORT or, for Mini-ImageNet, from MINI; a later flag overrides
-    "as-the-others": "",
-    "seed-1": "--seed 1",
-    "seed-2": "--seed 2",
-    "kl-warmup-none": "--kl-warmup-iters 0",
-    "kl-warmup-200": "--kl-warmup-iters 200",
-    "no-set-attention": "--no-set-attention",
-    "fix-pi": "--fix-pi",
-    "mc-samples-4": "--train-mc-sample-size 4",
-    "mc-samples-32": "--train-mc-sample-size 32",
-    "mimgnet-em-start-images": "--em-start images",
+MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet/5way-fast, with which to compare
+BASE = {"omniglot": SHORT, "mimgnet": MINI}  # the flags of every training
+TRAIN = {  # experiment -> name -> what differs; a later flag overrides
+    "omniglot": {
+        "as-the-others": "",
+        "seed-1": "--seed 1",
+        "seed-2": "--seed 2",
+        "kl-warmup-none": "--kl-warmup-iters 0",
+        "kl-warmup-200": "--kl-warmup-iters 200",
+        "no-set-attention": "--no-set-attention",
+        "fix-pi": "--fix-pi",
+        "mc-samples-4": "--train-mc-sample-size 4",
+        "mc-samples-32": "--train-mc-sample-size 32",
+    },
+    "mimgnet": {"mimgnet-em-start-images": "--em-start images"},
 }
-CPU = [name for name in TRAIN if name != "mc-samples-32"]  # that one: 600 steps of four seconds
+SLOW = "mc-samples-32"  # on a CPU: 600 steps of four seconds, so only by its name
 
 
 def main_py(experiment, data_dir, *flags):
-    """`python main.py <flags>` in an experiment's folder; leaves with its exit status if it fails."""
+    """Run `python main.py <flags>` in an experiment's folder; leave with its exit status if it fails."""
     folder = RESULTS.parent / experiment
-    data_dir = data_dir or RESULTS.parent / DATA[experiment]
-    done = subprocess.run(
-        [sys.executable, "main.py", "--data-dir", os.path.relpath(data_dir, folder), *map(str, flags)],
-        cwd=folder,
-    )
+    data = os.path.relpath(data_dir or RESULTS.parent / DATA[experiment], folder)
+    command = [sys.executable, "main.py", "--data-dir", data, *map(str, flags)]
+    done = subprocess.run(command, cwd=folder)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
 
 
 def test(run, variants, data_dir):
-    """The checkpoints of results/<run> with every one of some flags, on the same test episodes."""
+    """Test the checkpoints of results/<run> with each of some flags, on the same episodes."""
     path = OUT / f"{run}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_json(path) if path.exists() else {}
     for variant in variants:
         with tempfile.TemporaryDirectory() as out:
             flags = ["--eval-only", "--checkpoint", RESULTS / run, "--save-dir", out, "--test-shot", 1, 5]
-            main_py(run.split("-")[0], data_dir, *flags, *variant.split())
-            results[variant] = json.loads(Path(out, "test.json").read_text())
-        save(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
+            main_py(run.split("/")[0], data_dir, *flags, *variant.split())
+            results[variant] = read_json(Path(out, "test.json"))
+        save_json(path, results)
 
 
 def train(names, data_dir):
-    """The trainings of TRAIN that are not finished yet."""
-    for name in names or CPU:
-        if (OUT / name / "test.json").exists():
-            print(f"{OUT / name}: finished, nothing done; remove it to train again")
-        else:
-            experiment, flags = ("mimgnet", MINI) if name.startswith("mimgnet-") else ("omniglot", SHORT)
-            main_py(
-                experiment,
-                data_dir,
-                "--save-dir",
-                f"../results/ablations/{name}",
-                "--resume",
-                *flags.split(),
-                *TRAIN[name].split(),
-            )
+    """Run those trainings of TRAIN that are not finished yet."""
+    for experiment, trainings in TRAIN.items():
+        for name, changed in trainings.items():
+            if name not in names:
+                continue
+            if (OUT / name / "test.json").exists():
+                print(f"{OUT / name}: finished, nothing done; remove it to train again")
+                continue
+            flags = f"--save-dir ../results/ablations/{name} --resume {BASE[experiment]} {changed}"
+            main_py(experiment, data_dir, *flags.split())
 
 
 def active_dims(mean, log_var):
-    """How many latent dimensions carry a signal above their noise: Var_x E[z|x] > E_x Var[z|x] (the active
-    units of Burda et al. 2016, with the noise as the threshold). mean, log_var (images, D) of q(z|x)."""
+    """Count the latent dimensions that carry a signal above their noise: Var_x E[z|x] > E_x Var[z|x].
+
+    Those are the active units of Burda et al. 2016, with the noise as the threshold. mean, log_var (images,
+    D) of q(z|x).
+    """
     return int((mean.var(0, correction=0) > log_var.exp().mean(0)).sum())
 
 
 def active(data_dir):
-    """{training: [active dimensions, latent size]} of every Omniglot model in results/, on the validation
-    images in sets of 200."""
+    """Write {training: [active dimensions, latent size]} of every Omniglot model whose weights are here.
+
+    It looks at the validation images in sets of 200. What was counted of models that are gone stays.
+    """
     sys.path.insert(0, str(RESULTS.parent / "omniglot"))
     import torch
     from dataloader import draw_sets, load_split
@@ -110,69 +109,61 @@ def active(data_dir):
     from machine import program
 
     path = OUT / "active.json"
-    counts = (
-        json.loads(path.read_text()) if path.exists() else {}
-    )  # the trainings' weights are not in the repository
+    counts = read_json(path) if path.exists() else {}
+    models = {name_of(w.parent): w for w in sorted(RESULTS.glob("omniglot/*/seed*/1shot_best.pt"))}
+    models |= {w.parent.name: w for w in sorted(OUT.glob("*/1shot_best.pt"))}
     with program(), torch.inference_mode():
         images = load_split(data_dir or RESULTS.parent / DATA["omniglot"], "val").flatten(0, 1)
         sets = draw_sets(images, len(images) // 200, 200, torch.Generator().manual_seed(0))
-        for weights in [
-            *sorted(RESULTS.glob("omniglot-*/1shot_best.pt")),
-            *sorted(OUT.glob("*/1shot_best.pt")),
-        ]:
+        for name, weights in models.items():
             model = load_model(weights)
             terms = [model.posterior(model.encode(x).unsqueeze(0)) for x in sets]
-            name = weights.parent.name
-            counts[name] = [
-                active_dims(*(torch.cat(parts, 1)[0] for parts in zip(*terms))),
-                model.sizes["latent_size"],
-            ]
+            mean, log_var = (torch.cat(parts, 1)[0] for parts in zip(*terms))
+            counts[name] = [active_dims(mean, log_var), model.sizes["latent_size"]]
             print(name, *counts[name])
-    save(path, lambda temporary: temporary.write_text(json.dumps(counts, indent=1) + "\n"))
+    save_json(path, counts)
 
 
-def without_seed(name):
-    """The name of a run without the seed: 'a-seed1' -> 'a'."""
-    return re.sub(r"-seed\d+$", "", name)
+def name_of(folder, root=RESULTS):
+    """Name a folder as it stands in results/: <experiment>/<recipe>/seed<N> of a run."""
+    return folder.relative_to(root).as_posix()
 
 
 def tested():
-    """{run: {flags: its test.json}} of what `ways` and `test` have left."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(OUT.glob("*-*.json"))}
+    """Read {run: {flags: its test.json}}, what `ways` and `test` have left."""
+    paths = sorted(OUT.glob("*/*/seed*.json"))
+    return {name_of(path.with_suffix(""), OUT): read_json(path) for path in paths}
 
 
 def other_ways():
-    """{Omniglot run without its seed: [test.json at every number of ways, of each seed]}, as far as `ways`
-    was run."""
+    """Read {Omniglot recipe: [test.json at every number of ways, of each seed]}, as far as `ways` was run."""
     runs = {}
     for run, variants in tested().items():
-        if run.startswith("omniglot-") and WAYS in variants:
-            runs.setdefault(without_seed(run), []).append(variants[WAYS])
+        if run.startswith("omniglot/") and WAYS in variants:
+            runs.setdefault(run.rpartition("/")[0], []).append(variants[WAYS])
     return runs
 
 
 def plot():
-    """ways.png: accuracy over the number of ways, shaded between the seeds of a run; kl.png: the KL term and
-    the accuracy while the warm-ups differ."""
+    """Draw ways.png and kl.png.
+
+    ways.png: accuracy over the number of ways, shaded between the seeds of a recipe. kl.png: the KL term and
+    the accuracy with other warm-ups.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for run, seeds in other_ways().items():
+    ways = [5, 10, 15, 20]
+    for recipe, seeds in other_ways().items():
         for axis, shot in zip(axes, (1, 5)):
-            ways = [5, 10, 15, 20]
             accuracies = [[test[f"{way}way{shot}shot"]["accuracy"] for test in seeds] for way in ways]
-            (line,) = axis.plot(ways, list(map(statistics.fmean, accuracies)), marker="o", label=run)
+            least, mean, most = (list(map(of, accuracies)) for of in (min, statistics.fmean, max))
+            (line,) = axis.plot(ways, mean, marker="o", label=recipe)
             if len(seeds) > 1:
-                axis.fill_between(
-                    ways,
-                    list(map(min, accuracies)),
-                    list(map(max, accuracies)),
-                    color=line.get_color(),
-                    alpha=0.2,
-                )
+                axis.fill_between(ways, least, most, color=line.get_color(), alpha=0.2)
             axis.set(title=f"Omniglot, {shot}-shot test", xlabel="ways at test", xticks=ways)
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(title="trained model")
@@ -182,12 +173,11 @@ def plot():
     for name in ("kl-warmup-none", "kl-warmup-200", "as-the-others"):
         if not (OUT / name / "metrics.jsonl").exists():
             continue  # not run yet
-        lines = [json.loads(line) for line in (OUT / name / "metrics.jsonl").read_text().splitlines()]
-        iters = json.loads((OUT / name / "config.json").read_text())["args"]["kl_warmup_iters"]
+        lines = read_lines(OUT / name / "metrics.jsonl")
         steps = [line["step"] for line in lines]
-        axes[0].plot(
-            steps, [line["kl"] for line in lines], marker=".", label=f"{iters} steps" if iters else "none"
-        )
+        iters = read_json(OUT / name / "config.json")["args"]["kl_warmup_iters"]
+        label = f"{iters} steps" if iters else "none"
+        axes[0].plot(steps, [line["kl"] for line in lines], marker=".", label=label)
         axes[1].plot(steps, [line["5way1shot"]["accuracy"] for line in lines], marker=".")
     axes[0].set(title="KL term", xlabel="step", ylabel="nats an image", ylim=(0, None))
     axes[0].legend(title="KL warm-up")
@@ -195,12 +185,25 @@ def plot():
     save_figure(OUT / "kl.png", figure)
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def save(path, write):
-    """Whole or not at all."""
+    """Write a file whole or not at all; write(path) writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
     print(path)
+
+
+def save_json(path, content):
+    save(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def save_figure(path, figure):
@@ -208,7 +211,7 @@ def save_figure(path, figure):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says an error in one line."""
+    """Say an error in one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -217,29 +220,24 @@ class Parser(argparse.ArgumentParser):
 def main():
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=["ways", "test", "train", "active", "plot"], help="see above")
-    p.add_argument(
-        "names",
-        nargs="*",
-        help="ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)",
-    )
+    names = "ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)"
+    p.add_argument("names", nargs="*", help=names)
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()
-    known = (
-        sorted(TRAIN)
-        if args.what == "train"
-        else sorted(path.parent.name for name in DATA for path in RESULTS.glob(f"{name}-*/config.json"))
-    )
+    known = sorted(name for trainings in TRAIN.values() for name in trainings)
+    if args.what != "train":
+        folders = [path.parent for path in RESULTS.glob("*/*/seed*/config.json")]
+        known = sorted(name_of(folder) for folder in folders if folder.parts[-3] in DATA)
     if args.what in ("ways", "test") and not args.names:
         p.error(f"no run found, at least one of {', '.join(known)} expected")
     for name in args.names:
         if name not in known:
             p.error(f"{name} found, one of {', '.join(known)} expected")
-    OUT.mkdir(exist_ok=True)
     if args.what in ("ways", "test"):
         for run in args.names:
             test(run, TEST if args.what == "test" else [WAYS], args.data_dir)
     elif args.what == "train":
-        train(args.names, args.data_dir)
+        train(args.names or [name for name in known if name != SLOW], args.data_dir)
     elif args.what == "active":
         active(args.data_dir)
     else:

@@ -1,6 +1,6 @@
-"""Few-shot classifiers on Mini-ImageNet's features alone, without the VAE: what Meta-GMVAE adds to them.
+"""Test few-shot classifiers on Mini-ImageNet's features alone: what Meta-GMVAE adds to them.
 
-    python results/baselines.py simclr-prototypical    # features in data/imgnet, or --data-dir
+    python results/baselines.py simclr/prototypical/seed0    # features in data/imgnet, or --data-dir
 
 Nearest support mean looks at one query at a time. EM starts there and looks at the queries together: `adapt`
 of mixture.py on the features themselves. Writes baselines.json into the run's folder.
@@ -39,14 +39,12 @@ def accuracies(features, shot, iters):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("run", help="folder of results/ whose encoder made the features")
-    p.add_argument(
-        "--data-dir", type=Path, default=RESULTS.parent / "data/imgnet", help="folder of the features"
-    )
+    data_dir = RESULTS.parent / "data/imgnet"
+    p.add_argument("--data-dir", type=Path, default=data_dir, help="folder of the features")
     args = p.parse_args()
     with program():
-        train, test = (
-            torch.from_numpy(np.load(args.data_dir / f"{s}_features.npy")) for s in ("train", "test")
-        )
+        paths = (args.data_dir / f"{split}_features.npy" for split in ("train", "test"))
+        train, test = (torch.from_numpy(np.load(path)) for path in paths)
         features = ((test - train.mean(0)) / train.std(0).clamp_min(1e-6)).unflatten(0, (-1, IMAGES))
         cells = {}
         for name, iters in CLASSIFIERS.items():

@@ -1,6 +1,6 @@
-"""The weights of results/ in half precision, which a test of them does not notice and a clone does.
+"""Keep the weights of results/ in half precision, which a test of them does not notice and a clone does.
 
-    python results/halve.py        # every *best.pt of a run; those that are half already stay as they are
+    python results/halve.py        # every *best.pt of a run; those that are half already stay
 
 `main.py --eval-only` reads them like any checkpoint: the network is float32 again.
 """
@@ -17,12 +17,11 @@ from runtime import load_checkpoint, save_checkpoint  # noqa: E402
 
 
 def halve(path):
-    """Rewrites a checkpoint with float16 weights. Raises UserError if one is too large for that."""
+    """Rewrite a checkpoint with float16 weights. Raises UserError if one is too large for that."""
     checkpoint = load_checkpoint(path)
-    before = checkpoint["model"]  # batch norm's statistics are few and stay as they are
-    halved = {
-        name for name, value in before.items() if value.dtype == torch.float32 and ".running_" not in name
-    }
+    before = checkpoint["model"]
+    floats = {name for name, value in before.items() if value.dtype == torch.float32}
+    halved = {name for name in floats if ".running_" not in name}  # batch norm's statistics are few
     weights = {name: value.half() if name in halved else value for name, value in before.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"{path}: weights beyond float16 found, at most 65504 expected")
@@ -33,7 +32,7 @@ def halve(path):
 
 def main():
     with program():
-        for path in sorted(RESULTS.glob("*-*/*best.pt")):
+        for path in sorted(RESULTS.glob("*/*/seed*/*best.pt")):
             halve(path)
 
 

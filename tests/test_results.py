@@ -1,12 +1,9 @@
-"""What is committed under results/: the tables agree with it, its commands are ones, its checkpoints score
-what it says."""
+"""results/: the tables agree with it, its commands are ones, its checkpoints score what it says."""
 
 import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,69 +11,66 @@ import torch
 
 from conftest import ROOT, load, needs_shared_data, run, shared_data
 
-OMNIGLOT, MIMGNET = (
-    sorted(path.parent for path in (ROOT / "results").glob(f"{name}-*/test.json"))
-    for name in ("omniglot", "mimgnet")
-)
-RUNS = OMNIGLOT + MIMGNET
+RESULTS = ROOT / "results"
+OMNIGLOT = sorted(path.parent for path in RESULTS.glob("omniglot/*/seed*/test.json"))
+MIMGNET = sorted(path.parent for path in RESULTS.glob("mimgnet/*/seed*/test.json"))
+KEPT = [folder for folder in OMNIGLOT if list(folder.glob("*best.pt"))]
+ENCODERS = sorted(RESULTS.glob("simclr/*/seed*/encoder.pt"))
+
+
+def name_of(folder):
+    """Name a run's folder, or a file in it: 'omniglot/canonical/seed0'."""
+    return folder.relative_to(RESULTS).as_posix()
+
+
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 def test_tables_agree_with_results():
-    check = subprocess.run(
-        [sys.executable, "results/table.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert check.returncode == 0, check.stderr
+    result = run("results", "--check", script="table.py")
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
-    """Of a run with the published flags and two seeds at 5 ways, and a single fast one at 20."""
+    """A run has the published flags and two seeds at 5 ways; a single fast one is at 20."""
     table, parse = load("results", "table"), load("omniglot", "main").parse_args
 
-    def fake(flags, **accuracies):
+    def fake(flags, accuracies):
         test = {cell: {"accuracy": accuracy, "ci95": 0.5} for cell, accuracy in accuracies.items()}
-        return {"args": vars(parse(flags.split())), "device": "a GPU", "seconds": 90.0, "test": test}
+        made = {"args": vars(parse(flags.split())), "device": "a GPU", "seconds": 90.0}
+        return made | {"test": test, "baselines": {}}
 
-    runs = {
-        "omniglot-5way": [
-            fake("", **{"5way1shot": 94.0, "5way5shot": 97.0}),
-            fake("--seed 1", **{"5way1shot": 95.0, "5way5shot": 97.0}),
-        ],
-        "omniglot-20way-fast": [
-            fake(
-                "--way 20 --sample-size 300 --kl-warmup-iters 9 --train-iters 50",
-                **{"20way1shot": 80.0, "20way5shot": 90.0},
-            )
-        ],
-    }
+    seed0 = fake("", {"5way1shot": 94.0, "5way5shot": 97.0})
+    seed1 = fake("--seed 1", {"5way1shot": 95.0, "5way5shot": 97.0})
+    flags = "--way 20 --sample-size 300 --kl-warmup-iters 9 --train-iters 50"
+    other = fake(flags, {"20way1shot": 80.0, "20way5shot": 90.0})
+    runs = {"omniglot/5way": [seed0, seed1], "omniglot/20way-fast": [other]}
     missing, published, fast = table.rows("omniglot", runs)
     assert missing[1] == {"20way1shot": "not run", "20way5shot": "not run"}
-    assert (
-        published[0] == "published"
-        and published[1]["5way1shot"] == "94.50 (-0.42)<br>94.00 ± 0.50, 95.00 ± 0.50"
-        and "20way1shot" not in published[1]
-    )
-    assert (
-        fast[0] == "fast"
-        and fast[1]
-        == {"20way1shot": "80.00 (-2.21)<br>80.00 ± 0.50", "20way5shot": "90.00 (-0.61)<br>90.00 ± 0.50"}
-        and "50 steps in 2 min" in fast[2]
-    )
+    assert published[0] == "published"
+    assert published[1]["5way1shot"] == "94.50 (-0.42)<br>94.00 ± 0.50, 95.00 ± 0.50"
+    assert published[1].keys() == {"5way1shot", "5way5shot"}
+    assert fast[0] == "fast" and "50 steps in 2 min" in fast[2]
+    assert fast[1] == {
+        "20way1shot": "80.00 (-2.21)<br>80.00 ± 0.50", "20way5shot": "90.00 (-0.61)<br>90.00 ± 0.50",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name, least", [("README.md", 6), ("results/README.md", 12), ("results/bench/README.md", 2)]
-)
+CALLS = [("README.md", 6), ("results/README.md", 12), ("results/bench/README.md", 2)]
+
+
+@pytest.mark.parametrize("name, least", CALLS)
 def test_the_commands_are_understood(name, least, monkeypatch):
-    """Every call of main.py, figures.py and bench.py in a README, by the parser of the folder it is in."""
+    """Parse every call of main.py, figures.py and bench.py in a README as the folder it is in does."""
     text = (ROOT / name).read_text().replace("\\\n", "")
     found, folder = 0, None
     for entered, script, flags in re.findall(r"\bcd (\w+)|python (main|figures|bench)\.py([^\n`#)]*)", text):
         folder = entered or folder
         if script and "--help" not in flags:
             monkeypatch.chdir(ROOT / (folder or "."))  # where @recipes are
-            args = load("." if script == "bench" else folder, script).parse_args(
-                shlex.split(flags)
-            )  # leaves with status 2 if it is not
+            parse = load("." if script == "bench" else folder, script).parse_args
+            args = parse(shlex.split(flags))  # leaves with status 2 if a flag is not known
             if (folder, script) == ("omniglot", "main"):
                 assert max(args.test_shot) + args.query <= 20, flags  # drawings of a character
             found += 1
@@ -88,11 +82,9 @@ def test_the_python_of_the_readme(tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert len(code.splitlines()) <= 5
     given = "import torch\nsupport, query = torch.rand(5, 1, 28, 28, 1), torch.rand(75, 28, 28, 1)\n"
-    asked = (
-        code.replace("model.predict(", "found = model.predict(")
-        + "print(found.shape, found.sum(1).allclose(torch.ones(75)))"
-    )
-    result = run("omniglot", given + asked, script="-c")
+    code = code.replace("model.predict(", "found = model.predict(")
+    asked = "print(found.shape, found.sum(1).allclose(torch.ones(75)))"
+    result = run("omniglot", given + code + asked, script="-c")
     assert result.stdout == "torch.Size([75, 5]) True\n", result.stderr
 
 
@@ -101,12 +93,11 @@ def test_the_ablations_are_flags():
     parsers = {experiment: load(experiment, "main").parse_args for experiment in ("omniglot", "mimgnet")}
     for flags in [ablations.WAYS, *ablations.TEST]:
         parsers["omniglot"](flags.split())
-    for name, flags in ablations.TRAIN.items():
-        experiment, base = (
-            ("mimgnet", ablations.MINI) if name.startswith("mimgnet-") else ("omniglot", ablations.SHORT)
-        )
-        before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
-        assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
+    for experiment, trainings in ablations.TRAIN.items():
+        base = ablations.BASE[experiment]
+        for name, flags in trainings.items():
+            before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
+            assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
 
 
 def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
@@ -120,39 +111,27 @@ def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
 def test_other_ways_are_of_the_runs_themselves():
     ablations = load("results", "ablations")
     for name, variants in ablations.tested().items():
-        if name.startswith("omniglot-"):
-            found, said = (
-                variants[ablations.WAYS],
-                json.loads((ROOT / "results" / name / "test.json").read_text()),
-            )
+        if name.startswith("omniglot/"):
+            found, said = variants[ablations.WAYS], read_json(RESULTS / name / "test.json")
             for cell in said:
                 assert abs(found[cell]["accuracy"] - said[cell]["accuracy"]) < 0.05, (name, cell)
 
 
 @needs_shared_data
 def test_the_active_dimensions_are_those_of_the_checkpoints(omniglot_dir, tmp_path):
-    for script in ("results", "omniglot"):
-        shutil.copytree(
-            ROOT / script,
-            tmp_path / script,
-            ignore=shutil.ignore_patterns("runs", "ablations", "mimgnet*", "bench"),
-        )
-    script = tmp_path / "results/ablations.py"
-    result = subprocess.run(
-        [sys.executable, script, "active", "--data-dir", omniglot_dir], capture_output=True, text=True
-    )
+    for folder in ("results", "omniglot"):
+        ignored = shutil.ignore_patterns("runs", "ablations", "mimgnet", "bench")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    result = run(tmp_path / "results", "active", "--data-dir", omniglot_dir, script="ablations.py")
     assert result.returncode == 0, result.stderr
-    found, said = (
-        json.loads((place / "results/ablations/active.json").read_text()) for place in (tmp_path, ROOT)
-    )
-    assert found and all(said.get(name) == counts for name, counts in found.items()), (
-        "to be written again by ablations.py active"
-    )
+    found, said = (read_json(place / "results/ablations/active.json") for place in (tmp_path, ROOT))
+    stale = [name for name, counts in found.items() if said.get(name) != counts]
+    assert found and not stale, "to be written again by ablations.py active"
 
 
-@pytest.mark.parametrize("folder", RUNS, ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", OMNIGLOT + MIMGNET, ids=name_of)
 def test_a_run_says_how_it_was_made(folder):
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     assert config["command"].startswith("python main.py") and config["device"] and config["versions"]["torch"]
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == config["args"]["train_iters"]
@@ -170,30 +149,25 @@ def test_halved_weights(tmp_path):
     for _ in range(2):
         halve.halve(path)
         found = torch.load(path, weights_only=True)
-        assert (
-            found["step"] == 3
-            and found["model"]["weight"].equal(weights["weight"].half())
-            and found["model"]["count"].equal(weights["count"])
-        )
+        assert found["step"] == 3 and found["model"]["count"].equal(weights["count"])
+        assert found["model"]["weight"].equal(weights["weight"].half())
     torch.save({"model": {"weight": torch.tensor([70000.0])}}, path)
     with pytest.raises(halve.UserError, match="best.pt: weights beyond float16"):
         halve.halve(path)
 
 
 def assert_same_test(folder, out):
-    """The same cells from the same episodes, so that only rounding may differ."""
-    said, again = (json.loads((place / "test.json").read_text()) for place in (folder, out))
+    """Hold the same cells from the same episodes together: only rounding may differ."""
+    said, again = (read_json(place / "test.json") for place in (folder, out))
     assert again and all(again[name]["episodes"] == said[name]["episodes"] for name in again)
     for name in again:
         assert abs(again[name]["accuracy"] - said[name]["accuracy"]) < 0.05, name
 
 
 @needs_shared_data
-@pytest.mark.parametrize(
-    "folder", [path for path in OMNIGLOT if list(path.glob("*best.pt"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("folder", KEPT, ids=name_of)
 def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
-    shots = [1, 5] if folder.name == "omniglot-5way-long" else [1]  # twenty ways take a minute for each
+    shots = [1, 5] if folder.parent.name == "5way-long" else [1]  # twenty ways take a minute for each
     flags = ["--eval-only", "--checkpoint", folder, "--test-shot", *shots]
     flags += ["--e-step", load("omniglot", "runtime").read_config(folder)["args"]["e_step"]]
     result = run("omniglot", "--data-dir", omniglot_dir, "--save-dir", tmp_path / "eval", *flags, timeout=300)
@@ -202,20 +176,14 @@ def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
 
 
 @needs_shared_data
-@pytest.mark.parametrize(
-    "name", sorted(path.parent.name for path in (ROOT / "results").glob("simclr*/encoder.pt"))
-)
-def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
-    """From the real test images through results/<name>/encoder.pt to one-shot accuracies on its features."""
-    prepare = load("data/imgnet", "prepare")
-    rows, (found, _) = (
-        prepare.read_csv(shared_data / "imgnet/test.csv"),
-        prepare.find_images(shared_data / "imgnet"),
-    )
-    images = torch.from_numpy(np.stack([prepare.decode(found[name]) for name, _ in rows])).unflatten(
-        0, (20, 600)
-    )
-    runtime, path = load("simclr", "runtime"), ROOT / "results" / name / "encoder.pt"
+@pytest.mark.parametrize("path", ENCODERS, ids=name_of)
+def test_the_encoder_makes_the_features_that_were_tested(path, tmp_path):
+    """Go from the real test images through an encoder.pt to one-shot accuracies on its features."""
+    prepare, runtime = load("data/imgnet", "prepare"), load("simclr", "runtime")
+    source = shared_data / "imgnet"
+    rows, (found, _) = prepare.read_csv(source / "test.csv"), prepare.find_images(source)
+    images = np.stack([prepare.decode(found[name]) for name, _ in rows])
+    images = torch.from_numpy(images).unflatten(0, (20, 600))
     encoder, checkpoint = load("simclr", "model").load_model(path), runtime.load_checkpoint(path)
     about = {"train_epochs": checkpoint["epoch"], **checkpoint.get("training", {})}
     trained_on = {folder: runtime.read_config(folder)["features"] for folder in MIMGNET}
@@ -226,9 +194,8 @@ def test_the_encoder_makes_the_features_that_were_tested(name, tmp_path):
     features = load("simclr", "export").encode_all(encoder, images, *size)
     np.save(tmp_path / "test_features.npy", features.flatten(0, 1).numpy())
     for folder in runs:
+        out = tmp_path / name_of(folder)
         flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1, "--images-per-class", 600]
-        result = run(
-            "mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / folder.name, *flags, timeout=300
-        )
+        result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", out, *flags, timeout=300)
         assert result.returncode == 0, result.stderr
-        assert_same_test(folder, tmp_path / folder.name)
+        assert_same_test(folder, out)
