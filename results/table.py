@@ -7,6 +7,7 @@ A run is a folder <experiment>/<recipe>/seed<N>. Those of simclr learned the fea
 config.json says after how many epochs.
 """
 
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from ablations import BASE, OUT, TEST, TRAIN, name_of, other_ways, read_json, re
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
 HEADLINES = {  # in README.md
-    "omniglot/canonical", "omniglot/5way-long", "mimgnet/prototypical-512", "simclr/prototypical-512",
+    "omniglot/published-5way", "omniglot/quick", "omniglot/5way-long", "omniglot/canonical",
+    "mimgnet/prototypical-512",
 }  # fmt: skip
 
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
@@ -79,8 +81,10 @@ def recipe(experiment, run):
         name = "published"
     elif changed.keys() == {"train_mc_sample_size"}:
         name = f"published, trained with {changed['train_mc_sample_size']} Monte-Carlo samples"
+    elif changed.keys() == {"decode_samples"}:
+        name = f"published, {changed['decode_samples']} of {args['train_mc_sample_size']} samples decoded"
     elif args.get("target") == "canonical" and changed.keys() <= CANONICAL:
-        reading = f", {args['e_step']} variance in the E-step" if "e_step" in changed else ""
+        reading = f", {args['e_step']} E-step" if "e_step" in changed else ""
         name = f"ours: drawings without their pose{reading}"
     elif changed.keys() <= FAST:
         name = "fast"
@@ -111,9 +115,11 @@ def describe(name, seeds):
     """Link the runs of all seeds, and say how long they trained and on what."""
     args = seeds[0]["args"]
     length = f"{args['train_iters']:,} steps" if "train_iters" in args else f"{args['train_epochs']} epochs"
-    minutes = [round(run["seconds"] / 60) for run in seeds]  # longer beside other work
-    took = " to ".join(map(str, sorted({min(minutes), max(minutes)})))
-    return f"{link(name)}: {length} in {took} min, {device(seeds[0])}"
+    seconds = [run["seconds"] for run in seeds]  # longer beside other work
+    size, unit = (60, "min") if max(seconds) > 120 else (1, "s")
+    took = " to ".join(map(str, sorted({round(min(seconds) / size), round(max(seconds) / size)})))
+    machines = " or ".join(dict.fromkeys(map(device, seeds)))
+    return f"{link(name)}: {length} in {took} {unit}, {machines}"
 
 
 def link(name):
@@ -121,7 +127,7 @@ def link(name):
 
 
 def device(run):
-    return run["device"].replace(" 1 threads", " 1 thread")
+    return re.sub(r"\(R\)| Processor", "", run["device"]).replace(" 1 threads", " 1 thread")
 
 
 def readable(cell):

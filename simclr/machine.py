@@ -57,6 +57,7 @@ def program():
             stream.reconfigure(errors="replace")  # an encoding without ± shows ? for it
         setattr(sys, name, Lenient(stream))
     keep_memory()
+    torch.set_flush_denormal(True)  # on a CPU, products with responsibilities of 1e-40 are slow
     torch.backends.cudnn.benchmark = True  # the shapes never change
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 on a GPU too
     try:
