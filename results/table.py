@@ -46,7 +46,7 @@ STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 SIMCLR = {"batch_size": 512, "view_size": 84}
 # What the fast recipe changes, and ours, whose decoder draws the character without its pose.
 FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}
-CANONICAL = FAST | {"target", "warp", "kl_weight", "e_step", "eval_episodes"}
+CANONICAL = FAST | {"lr", "target", "warp", "kl_weight", "e_step", "eval_episodes"}
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ among them. Exits with status 1 if a seed stays below the paper at 1 or 5 shots.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,8 @@ PAPER = {"5way1shot": 94.92, "5way5shot": 97.09}  # accuracies in % (paper, tabl
 
 def run(folder, flags):
     """Train and test in a folder; return (seconds of training, {cell: accuracy in %})."""
-    command = [sys.executable, "main.py", "@recipes/quick.txt", "--save-dir", str(folder), *flags]
+    place = os.path.relpath(folder, ROOT / "omniglot")
+    command = [sys.executable, "main.py", "@recipes/quick.txt", "--save-dir", place, *flags]
     done = subprocess.run(command, cwd=ROOT / "omniglot")
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
