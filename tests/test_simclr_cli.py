@@ -353,6 +353,24 @@ def test_arrays_of_other_images_are_not_used(source_dir, other_dir, tmp_path):
     assert (exported[0] != exported[1]).any()
 
 
+def test_arrays_beside_other_images(source_dir, other_dir, data_dir, tmp_path):
+    flags = [*TINY, "--train-epochs", 1, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
+    both = shutil.copytree(other_dir, tmp_path / "both")
+    shutil.copytree(data_dir, both, dirs_exist_ok=True)
+    fails(run("simclr", "--data-dir", both, *flags), "other images found than those that", both)
+    assert not (tmp_path / "s").exists()
+    arrays = (both / "train.npy").read_bytes()
+    classes = json.loads((both / "classes.json").read_text())
+    del classes["source_crc32"]
+    (both / "classes.json").write_text(json.dumps(classes))
+    result = run("simclr", "--data-dir", both, *flags)
+    assert result.returncode == 0 and "arrays kept, not compared with the images" in result.stdout
+    assert (both / "train.npy").read_bytes() == arrays
+    shutil.copytree(source_dir / "images", both / "images", dirs_exist_ok=True)
+    shutil.copytree(data_dir, both, dirs_exist_ok=True)
+    assert run("simclr", "--data-dir", both, *flags, "--resume").returncode == 0
+
+
 def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):
     copy = tmp_path / "mine"
     copy.mkdir()

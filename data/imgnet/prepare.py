@@ -16,12 +16,9 @@ import re
 import signal
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -29,15 +26,11 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from layout import check_places, find_images, place_images
+from layout import DAMAGE, check_places, checksum, find_images, load, place_images
 
 SPLITS = {"train": 38400, "val": 9600, "test": 12000}  # Mini-ImageNet's own counts
 CLASSES = {"train": 64, "val": 16, "test": 20}
 SIZE = 84
-DAMAGE = (  # what reading an image raises
-    OSError, RuntimeError, SyntaxError, ValueError,
-    Image.DecompressionBombError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 class SourceError(Exception):
@@ -141,18 +134,6 @@ def plain(image):
     return image if turn is None else image.transpose(turn)
 
 
-@lru_cache
-def open_zip(path, process):
-    """Open a zip once for each process: a forked one would share its parent's place in the file."""
-    return zipfile.ZipFile(path)
-
-
-def load(place):
-    """Read an image's file, loose or in a zip."""
-    archive, path = place
-    return open_zip(archive, os.getpid()).read(path) if archive else Path(path).read_bytes()
-
-
 def decode(place):
     """Decode one image, in a process of the pool: (84, 84, 3) uint8, or a string that says why not."""
     try:
@@ -208,27 +189,16 @@ def check_apart(rows, sums):
     return problems
 
 
-def checksum(rows, places):
-    """Sum up what arrays are made from: the images' files and labels in order; None if a file is damaged."""
-    found = 0
-    try:
-        for split, jobs in places.items():
-            for (_, label), place in zip(rows[split], jobs):
-                found = zlib.crc32(load(place), zlib.crc32(f"{split}, {label}\n".encode(), found))
-    except DAMAGE:
-        return None
-    return found
-
-
 def unchanged(out, facts, otherwise):
     """Say if `out` was made from what `facts` say. Raises SourceError if not and `otherwise` is fail."""
     try:
-        before = json.loads((out / "classes.json").read_text()).get("source_crc32")
-    except (OSError, ValueError, AttributeError):
+        before = json.loads((out / "classes.json").read_text())
+        known = {name: before[name] for name in facts if name in before}
+    except (OSError, ValueError, TypeError):
         return False
-    if before not in (None, facts["source_crc32"]) and otherwise == "fail":
+    if otherwise == "fail" and any(known[name] != facts[name] for name in known):
         raise SourceError(f"--source: other images found than those that {out} was made from")
-    return before is not None and before == facts["source_crc32"]
+    return bool(otherwise) and known == facts and "source_crc32" in known
 
 
 def look(source):
@@ -318,7 +288,8 @@ def main():
                         help="folder with the three CSVs and images/ or zips of it")  # fmt: skip
     parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--if-changed", choices=["again", "fail"],
-                        help="keep the arrays in --out if of this source; if not, so do")  # fmt: skip
+                        help="keep the arrays in --out if of this source; if not, so do; "
+                        "fail also keeps arrays beside the source that do not say")  # fmt: skip
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:
@@ -326,10 +297,13 @@ def main():
             expected = "a folder with the three CSVs and images/ or zips of it expected"
             raise SourceError(f"--source: {args.source} found, {expected}")
         rows, classes, places, problems = look(args.source)
-        facts = dict(classes)
-        if args.if_changed and not problems:
-            facts["source_crc32"] = checksum(rows, places)
-        if "source_crc32" not in facts or not unchanged(args.out, facts, args.if_changed):
+        facts = dict(classes) if problems else classes | {"source_crc32": checksum(rows, places)}
+        kept = unchanged(args.out, facts, args.if_changed)
+        beside = (args.out / "train.npy").exists() and args.out.samefile(args.source)
+        if beside and not kept and args.if_changed == "fail":
+            print(f"{args.out}: arrays kept, not compared with the images beside them")
+            return
+        if not kept:
             there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
             with tempfile.TemporaryDirectory(dir=there, prefix=".prepare-") as folder:
                 write_all(args.out, prepare(rows, classes, places, problems, Path(folder)), facts)
@@ -339,9 +313,9 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     for split in SPLITS:
-        images, labels = (np.load(args.out / f"{split}{part}.npy", mmap_mode="r") for part in ("", "_labels"))
-        classes = f"{labels[-1] + 1} classes of {len(images) // (labels[-1] + 1)} images"
-        print(f"{args.out / split}.npy  {images.shape} {images.dtype}  {classes}")
+        labels = np.load(args.out / f"{split}_labels.npy")
+        classes = f"{labels[-1] + 1} classes of {len(labels) // (labels[-1] + 1)} images"
+        print(f"{args.out / split}.npy  {(len(labels), SIZE, SIZE, 3)} uint8  {classes}")
 
 
 if __name__ == "__main__":
