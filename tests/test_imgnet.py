@@ -290,6 +290,13 @@ def test_a_name_of_two_different_files(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_of_two_different_files_in_one_zip(source, tmp_path):
+    pack(source, "a.zip", lambda path: f"images/{path.name}")
+    with zipfile.ZipFile(source / "a.zip", "a") as file, pytest.warns(UserWarning):
+        file.writestr("images/train3_0.jpg", jpeg(99))
+    fails(prepare(source, tmp_path / "out"), "a.zip: two different files named images/train3_0.jpg found")
+
+
 def test_a_mask_does_not_stand_in_for_a_missing_picture(source, tmp_path):
     for place in ("a.zip", "b.zip"):
         pack(
@@ -362,7 +369,10 @@ def test_what_was_found_is_said(source, tmp_path):
     )  # fmt: skip
     (source / "processed_images").rename(source / "images")
     rename_rows(source, lambda name: "other" + name)
-    fails(prepare(source, tmp_path / "out"), "24 of 24 images missing", "54 files found, such as test0_0.jpg")
+    fails(
+        prepare(source, tmp_path / "out"), "24 of 24 images missing", "54 files found, such as test0_0.jpg",
+        source / "images/test0_0.jpg",
+    )  # fmt: skip
 
 
 # --- what a pixel means ---------------------------------------------------------------------------
@@ -387,8 +397,13 @@ def test_a_drawing_in_the_alpha_channel_is_ink_on_white(tmp_path, mode):
     assert (
         decoded(tmp_path, with_alpha(255, RAMP, mode)) == RAMP[..., None]
     ).all()  # white on white would be nothing
+    light = decoded(tmp_path, with_alpha(250, RAMP, mode)).astype(int)
+    assert abs(light - RAMP[..., None] / 255 * 250).max() <= 1
     opaque = with_alpha(90, np.full((84, 84), 255, np.uint8), mode)
     assert (decoded(tmp_path, opaque) == 90).all()
+    hidden = Image.fromarray(RAMP).convert("RGBA")
+    hidden.putalpha(0)
+    assert "too transparent to be seen" in decoded(tmp_path, hidden.convert(mode))
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
@@ -412,6 +427,14 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path, suffix, dtype):
     assert (
         decoded(tmp_path, Image.fromarray(np.full((84, 84), 200, dtype)), suffix).max() == 1
     )  # by mode, not by content
+    assert "from 0 to 255, 0 to 65535 expected" in decoded(
+        tmp_path, Image.fromarray(RAMP.astype(dtype)), suffix
+    )  # of which nothing would be left
+
+
+def test_what_is_no_picture(tmp_path):
+    (tmp_path / "a.jpg").write_text("<html>")
+    assert load("data/imgnet", "prepare").decode((None, str(tmp_path / "a.jpg"))).endswith("image file")
 
 
 def test_floats_are_scaled_or_refused(tmp_path):

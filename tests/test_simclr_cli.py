@@ -483,6 +483,8 @@ def test_wrong_data(capsys, monkeypatch, data_dir, tmp_path):
         ("train", None, ["train.npy: not found", "prepare.py"]),
         ("val", arrays["val"][..., 0], ["val.npy: shape (18, 84, 84)"]),
         ("train", arrays["train"].astype(np.float32), ["train.npy: dtype float32"]),
+        ("val", np.zeros_like(arrays["val"]), ["val.npy: values from 0 to 0 found, pictures of 0 to 255"]),
+        ("train", arrays["train"] // 16, ["train.npy: values from 0 to 15 found"]),
         ("test", np.array([{"a": 1}]), ["test.npy: not a readable .npy array"]),
         ("train_labels", None, ["train_labels.npy: not found"]),
         ("train_labels", labels[:-1], ["train_labels.npy: int64 of shape (23,)", "24 images"]),

@@ -63,8 +63,9 @@ def plain(image):
         turn = None
     if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
-        if not (values.min() >= 0 and values.max() <= top):
-            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= top) or (top > 1 and low < high <= 255):  # 255: likely of 8 bits
+            found = f"mode {image.mode} with values from {low:g} to {high:g}"
             raise ValueError(f"{found}, 0 to {top:g} expected")
         if isinstance(image.info.get("transparency"), int):
             values[values == image.info["transparency"]] = top
@@ -72,11 +73,12 @@ def plain(image):
     elif image.has_transparency_data:
         # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
         image = image.convert("RGBA")
-        for ground in ("white", "black"):
-            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
-            if any(low < high for low, high in flat.getextrema()):
-                break
-        image = flat
+        grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
+        flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
+        seen, other, meant = (max(high - low for low, high in of.getextrema()[:3]) for of in (*flats, image))
+        if max(seen, other) < 32 <= meant:
+            raise ValueError("too transparent to be seen, an opaque picture expected")
+        image = flats[seen < 32 <= other]
     return image if turn is None else image.transpose(turn)
 
 

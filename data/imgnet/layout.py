@@ -51,7 +51,10 @@ def find_images(source):
                 for entry in file.infolist():
                     last = entry.filename.rpartition("/")[2]
                     if last and not last.startswith("._") and "__MACOSX" not in entry.filename:
-                        entries[str(archive), entry.filename] = (entry.CRC, entry.file_size)
+                        place, content = (str(archive), entry.filename), (entry.CRC, entry.file_size)
+                        if entries.setdefault(place, content) != content:
+                            found = f"two different files named {entry.filename} found"
+                            problems.append(f"{archive}: {found}, one expected")
         except (zipfile.BadZipFile, OSError) as error:
             problems.append(f"{archive}: damaged or truncated zip archive ({error})")
 
@@ -99,7 +102,11 @@ def check_places(source, rows, places, found):
     beside = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
     beside = [name for name in beside if not name.lower().endswith((".csv", ".zip"))]
     beside = [name for name in beside if name != "images/" and name[0] != "."]
-    there = f"{len(names)} files found, such as {names[0]}" if names else "no file found"
+    there = "no file found"
+    if names:
+        place = found[names[0]]
+        place = place if isinstance(place, str) else ": ".join(filter(None, place))
+        there = f"{len(names)} files found, such as {names[0]} ({place})"
     if beside:
         listed = ", ".join(beside[:4]) + ", ..." * (len(beside) > 4)
         there += f"; not read: {listed}, a folder images/ or a .zip expected"
