@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -204,11 +205,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def lenient(method):
+    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
+
+    def call(*args):
+        with suppress(OSError):
+            return method(*args)
+
+    return call
+
+
 def print_anywhere():
-    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
     for name in ("stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")
+        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
+        setattr(sys, name, stream)
+
+
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(os.path.expanduser(text))
 
 
 def in_words(error, out):
@@ -227,8 +245,8 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    parser.add_argument("--source", type=Path, required=True, help="folder of class folders of pictures")
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--source", type=user_path, required=True, help="folder of class folders of pictures")
+    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--for", dest="experiment", choices=["omniglot", "simclr"], default="omniglot",
                         help="who reads them (default: omniglot)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the split into classes (default: 0)")
@@ -253,8 +271,10 @@ def main():
     for line in notes:
         print(line)
     for name in split:
-        array = np.load(args.out / f"{name}.npy", mmap_mode="r")
-        print(f"{args.out / name}.npy  {array.shape} {array.dtype}  {len(split[name])} classes")
+        with open(args.out / f"{name}.npy", "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        print(f"{args.out / name}.npy  {shape} {dtype}  {len(split[name])} classes")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -200,11 +201,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def lenient(method):
+    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
+
+    def call(*args):
+        with suppress(OSError):
+            return method(*args)
+
+    return call
+
+
 def print_anywhere():
-    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
     for name in ("stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")
+        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
+        setattr(sys, name, stream)
+
+
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(os.path.expanduser(text))
 
 
 def in_words(error, out):
@@ -223,9 +241,9 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    parser.add_argument("--source", type=Path,
+    parser.add_argument("--source", type=user_path,
                         help="folder with the two archives or their folders (default: download)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:
