@@ -34,9 +34,10 @@ class SourceError(Exception):
 def find_classes(source):
     """List {class: [pictures]} of the folders in `source`. Raises SourceError for one without pictures."""
     classes = {}
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name[0] not in "._"):
+    folders = sorted(path for path in source.iterdir() if path.is_dir() and path.name != "__MACOSX")
+    for folder in (path for path in folders if path.name[0] != "."):
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        files = [path for path in files if path.name[0] != "."]
+        files = [path for path in files if path.name[0] != "." and not path.is_dir()]
         if not files:
             names = ", ".join(sorted(path.name for path in folder.iterdir())[:3])
             found = f"no picture found ({names or 'empty'})"
@@ -101,12 +102,16 @@ def read(path, size):
 
 
 def find_ground(borders):
-    """Say if the ground is light or dark. Raises SourceError if under nine in ten pictures agree."""
-    light = sum(border > 127 for border in borders)
-    if 0.1 < light / len(borders) < 0.9:
-        found = f"{light} of {len(borders)} pictures have a light border"
+    """Say if the ground is light or dark: borders (classes, pictures).
+
+    Raises SourceError if under nine in ten pictures agree, or a class mostly differs from the others.
+    """
+    light = np.asarray(borders) > 127
+    other = abs(light.mean(1) - light.mean().round()) > 0.5
+    if 0.1 < light.mean() < 0.9 or other.any():
+        found = f"{light.sum()} of {light.size} pictures have a light border"
         raise SourceError(f"{found}, one ground for all expected: say which by --ground, or use --for simclr")
-    return "light" if 2 * light > len(borders) else "dark"
+    return "light" if light.mean() > 0.5 else "dark"
 
 
 def write_array(path, shape, parts):
@@ -173,7 +178,7 @@ def prepare(source, size, seed, ground, folder):
         labels = {f"{name}_labels": np.repeat(np.arange(len(of)), least) for name, of in split.items()}
         return files | labels, split, notes
     how = "as --ground says" if ground else "as the borders of the pictures are"
-    ground = ground or find_ground(borders)
+    ground = ground or find_ground(np.reshape(borders, (-1, least)))
     notes.append(f"{ground} ground, {how}: {'inverted, ' * (ground == 'light')}ink is high")
     for name, path in files.items():
         x = np.load(path, mmap_mode="r+")
