@@ -24,7 +24,7 @@ def read_description(data_dir):
         counts, _ = description["images_per_class"].values(), description.get("crc32", {}).values()
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         counts = [None]
     if not all(isinstance(count, int) and count > 0 for count in counts):
         expected = "the images per class of every split expected, as simclr/main.py writes them"

@@ -249,6 +249,9 @@ def test_what_simclr_says_of_the_features(data, tmp_path, refused):
     ):
         (folder / "features.json").write_text(text)
         refused(*start, words=["features.json: not readable"])
+    (folder / "features.json").unlink()
+    (folder / "features.json").mkdir()
+    refused(*start, words=["features.json: not readable"])
     assert not (tmp_path / "new").exists()
 
 
