@@ -352,6 +352,12 @@ def test_arrays_stay_while_their_source_is_the_same(source, right, tmp_path):
     assert again("again").returncode == again("fail").returncode == 0 and when() == before
 
 
+def test_arrays_are_the_same_however_many_wait_to_be_written(source, right, tmp_path):
+    code = "import prepare; prepare.AT_ONCE = 7; prepare.main()"
+    result = run("data/imgnet", code, "--source", source, "--out", tmp_path / "out", script="-c")
+    assert result.returncode == 0 and equal(tmp_path / "out", right / "out"), result.stderr
+
+
 def test_a_file_of_two_names(source, tmp_path):
     rows = list(csv.reader((source / "train.csv").read_text().splitlines()))[1:]
     (source / "images" / rows[4][0]).unlink()

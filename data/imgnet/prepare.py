@@ -32,6 +32,7 @@ from layout import DAMAGE, check_places, checksum, find_images, load, place_imag
 SPLITS = {"train": 38400, "val": 9600, "test": 12000}  # Mini-ImageNet's own counts
 CLASSES = {"train": 64, "val": 16, "test": 20}
 SIZE = 84
+AT_ONCE = 4096  # images that wait to be written
 
 
 class SourceError(Exception):
@@ -162,13 +163,15 @@ def decode_all(places, folder):
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), SIZE, SIZE, 3)}
             with open(folder / f"{split}.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
-                for i, image in zip(known, pool.map(decode, [jobs[i] for i in known], chunksize=64)):
-                    if isinstance(image, str):
-                        broken[split].append((i, image))
-                    else:
-                        file.write(image.tobytes())
-                        sums[split].append(hash(image.tobytes()))
-                    bar.update()
+                for start in range(0, len(known), AT_ONCE):
+                    some = known[start : start + AT_ONCE]
+                    for i, image in zip(some, pool.map(decode, [jobs[i] for i in some], chunksize=64)):
+                        if isinstance(image, str):
+                            broken[split].append((i, image))
+                        else:
+                            file.write(image.tobytes())
+                            sums[split].append(hash(image.tobytes()))
+                        bar.update()
     return sums, broken
 
 
