@@ -24,7 +24,7 @@ def read_description(data_dir):
         counts, _ = description["images_per_class"].values(), description.get("crc32", {}).values()
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         counts = [None]
     if not all(isinstance(count, int) and count > 0 for count in counts):
         expected = "the images per class of every split expected, as simclr/main.py writes them"
@@ -111,14 +111,30 @@ def check_episodes(data_dir, split, images, ways, shots, query):
         raise UserError(f"{path}: {per_class} images a class, {expected}")
 
 
+def say_if_mixed(path, images):
+    """Print a line if images of a class are no more alike than others: they may not lie class by class.
+
+    images (classes, members, ...). The variance of class means, times members, over that within classes is
+    about 1 in any order but the right one, where Mini-ImageNet has 80.
+    """
+    if min(images.shape[:2]) < 2:
+        return
+    x = images.flatten(2).float()
+    between, within = x.shape[1] * x.mean(1).var(0).sum(), x.var(1).mean(0).sum()
+    if between < 1.5 * within:
+        print(f"{path}: images of a class are no more alike than others; do they lie class by class?")
+
+
 def check_apart(data_dir, splits):
     """Check that no class, and at most 1 % of the images, of a split are in another one. Raises UserError.
 
-    A few are in Mini-ImageNet (6 of 9,600 in val). Equal images of one split, as blank ones, count once.
+    A few are in Mini-ImageNet (6 of 9,600 in val). Equal images of one split, as blank ones, count once. What
+    bfloat16 keeps of features counts: encoded in another batch, an image has other last bits.
     """
     sets = {}
     for name, images in splits.items():
-        sets[name] = [{hash(image.tobytes()) for image in members} for members in images.numpy()]
+        rounded = images.bfloat16().view(torch.int16).numpy()
+        sets[name] = [{hash(image.tobytes()) for image in members} for members in rounded]
     for one, other in combinations(sets, 2):
         every = [set().union(*sets[name]) for name in (one, other)]
         alike = every[0] & every[1]
@@ -171,6 +187,8 @@ def load_splits(args, described):
         if known and name != "train" and splits[name].shape[1] != known:
             found = f"{splits[name].shape[1]} images a class found in {name}_labels.npy"
             raise UserError(f"{folder}: {found}, {known} expected as --images-per-class or features.json say")
+        if name != "train":
+            say_if_mixed(folder / f"{name}_features.npy", splits[name])
     check_apart(folder, splits)
     check_episodes(folder, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if args.eval_only:

@@ -19,7 +19,7 @@ from mixture import adapt, sample_posterior
 from machine import HERE, Parser, UserError, number, program, user_path, write
 from model import load_model
 from pose import canonical, pose, put_back
-from runtime import read_config
+from runtime import describe_run, read_config, say_other_data
 
 COLOURS = plt.get_cmap("tab10").colors
 
@@ -143,7 +143,12 @@ def main():
             found = f"a latent space of {model.sizes['latent_size']} dimension found"
             raise UserError(f"{args.checkpoint}: {found}, at least 2 expected to draw a plane of")
         check_episodes(args.data_dir, "test", images, [args.way], [args.shot], args.query)
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            found = f"{args.out} found, a folder to write to expected ({error.strerror})"
+            raise UserError(f"--out: {found}") from None
+        say_other_data(args.checkpoint, describe_run({}, images.device, "fp32", {"test": images})["data"])
         x, mean, before, mu, var = fit_episode(model, images, args)
         trained = read_config(args.checkpoint.parent).get("args", {})
         shape = trained.get("target_shape") if trained.get("target") == "canonical" else None

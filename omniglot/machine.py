@@ -167,7 +167,7 @@ def user_path(text):
         text.encode()
     except UnicodeEncodeError:  # TensorBoard cannot write there
         raise argparse.ArgumentTypeError(f"{text!a} found, a name in UTF-8 expected") from None
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def number(kind, low, below=math.inf):
@@ -225,12 +225,19 @@ def device_name(device):
     """Name the device, of a CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{platform.machine()} MPS"
     named = re.search(r"^model name\s*: (.*)$", cpu_facts(), re.MULTILINE)
     return f"{named[1] if named else platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def use_bf16(precision, device):
-    """Tell whether the networks run under bfloat16 autocast; for `auto`, where the hardware has it."""
+    """Tell whether the networks run under bfloat16 autocast; for `auto`, where the hardware has it.
+
+    Raises UserError on MPS, where only float32 is known to work.
+    """
+    if precision == "bf16" and device.type == "mps":
+        raise UserError("--precision: bf16 found, fp32 expected for --device mps")
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

@@ -41,8 +41,8 @@ def load_split(data_dir, split):
     """One split, `<split>.npy` with `<split>_labels.npy`: a uint8 tensor (classes, images of a class, 84, 84,
     3).
 
-    Raises UserError for a missing or damaged file, a wrong shape or dtype, labels that are not one integer an
-    image, and classes that do not lie together or differ in size.
+    Raises UserError for a missing or damaged file, a wrong shape or dtype, blank or faint images, labels that
+    are not one integer an image, and classes that do not lie together or differ in size.
     """
     path, beside = Path(data_dir) / f"{split}.npy", Path(data_dir) / f"{split}_labels.npy"
     images, labels = read_array(path), read_array(beside)
@@ -57,6 +57,9 @@ def load_split(data_dir, split):
         )
     if images.dtype != np.uint8:
         raise UserError(f"{path}: dtype {images.dtype}, expected uint8")
+    low, high = images.min(), images.max()
+    if low == high or high < 128:
+        raise UserError(f"{path}: values from {low} to {high} found, pictures of 0 to 255 expected")
     if (
         not isinstance(labels, np.ndarray)
         or labels.shape != images.shape[:1]

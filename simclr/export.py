@@ -1,6 +1,7 @@
 """What is made of a trained encoder: feature files for Meta-GMVAE, and how good the features are alone."""
 
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -88,13 +89,18 @@ def probe(features, args):
 
 
 def prepared(args):
-    """Find the arrays: --data-dir, or <save-dir>/data, made of the images and CSVs in --data-dir.
+    """Find the arrays: in --data-dir, or <save-dir>/data, made of the images and CSVs in --data-dir.
 
-    Made again if those there are of other images, unless a run has been trained on them. Raises UserError.
+    Made again if those there are of other images, unless a run has been trained on them; of arrays in
+    --data-dir that say what they were made from, what lies beside them has to be it. Raises UserError.
     """
-    if (args.data_dir / "train.npy").exists() or not (args.data_dir / "train.csv").exists():
+    arrays = (args.data_dir / "train.npy").exists()
+    csvs = [(args.data_dir / f"{split}.csv").exists() for split in SPLITS]
+    if not csvs[0] or (arrays and not (all(csvs) and PREPARE.exists())):
         return args.data_dir
-    out, trained = args.save_dir / "data", (args.save_dir / "last.pt").exists()
+    out, trained = args.save_dir / "data", os.path.exists(args.save_dir / "last.pt")
+    if arrays:
+        out, trained = args.data_dir, True
     if rank() > 0:  # the first process has made it
         return out
     if trained and not out.exists():

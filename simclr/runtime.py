@@ -97,10 +97,11 @@ def read_config(folder):
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        return config | {"args": dict(config["args"]), "precision": config["precision"]}
-    except FileNotFoundError:
+        parts = {"args": dict(config["args"]), "data": dict(config.get("data", {}))}
+        return config | parts | {"precision": config["precision"]}
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not readable, the flags of the run in {folder} expected") from None
 
 

@@ -184,6 +184,16 @@ def test_grey_images_and_few_drawings_are_read(glyphs_dir, tmp_path):
         assert data.load_split(save(tmp_path, array), "train").shape == array.shape
 
 
+def test_drawings_that_do_not_lie_class_by_class(glyphs_dir, capsys):
+    glyphs = torch.from_numpy(np.load(glyphs_dir / "val.npy"))
+    data.say_if_mixed("val.npy", glyphs)
+    data.say_if_mixed("val.npy", torch.zeros_like(glyphs))
+    assert not capsys.readouterr().out
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    data.say_if_mixed("val.npy", glyphs.flatten(0, 1)[order].view_as(glyphs))
+    assert "val.npy: images of a class are no more alike than others" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "value, word",
     [(1.5, "1.5"), (255.0, "255"), (-0.25, "-0.25"), (np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")],

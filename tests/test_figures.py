@@ -1,5 +1,10 @@
 """omniglot/figures.py: its files, and what the drawings and the plane are made of."""
 
+import json
+import shutil
+import zlib
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -70,10 +75,25 @@ def test_errors(checkpoint, glyphs_dir, tmp_path):
         "1 found",
         "at least 2",
     )
+    flags = ["--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--out", checkpoint]
+    fails(run("omniglot", *flags, script="figures.py"), "--out", "a folder to write to expected")
     (tmp_path / "5shot_best.pt").write_bytes(checkpoint.read_bytes())
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
     flags = ["--checkpoint", tmp_path / "5shot_best.pt", "--data-dir", glyphs_dir, "--out", tmp_path]
     fails(run("omniglot", *flags, script="figures.py"), "metrics.jsonl: not readable")
+
+
+def test_figures_of_other_data_say_so(checkpoint, glyphs_dir, tmp_path):
+    shutil.copy(checkpoint, tmp_path)
+    data = {"test": {"shape": [25, 20, 28, 28, 1], "crc32": zlib.crc32(np.load(glyphs_dir / "test.npy"))}}
+    for crc32 in (data["test"]["crc32"], 5):
+        data["test"]["crc32"] = crc32
+        config = {"args": {}, "precision": "fp32", "data": data}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        flags = ["--checkpoint", tmp_path / checkpoint.name, "--data-dir", glyphs_dir]
+        result = run("omniglot", *flags, script="figures.py")
+        assert result.returncode == 0, result.stderr
+        assert (f"other test data than those of the run in {tmp_path}" in result.stdout) == (crc32 == 5)
 
 
 def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir, monkeypatch):

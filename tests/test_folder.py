@@ -78,6 +78,25 @@ def test_unequal_classes_keep_the_smallest_count_and_say_so(tmp_path):
     assert np.load(tmp_path / "out/train.npy").shape == (10, 3, 28, 28, 1)
 
 
+def test_every_class_folder_counts(tmp_path):
+    make(tmp_path / "in")
+    (tmp_path / "in/class07").rename(tmp_path / "in/_g")
+    (tmp_path / "in/class03/more.png").mkdir()
+    (tmp_path / "in/__MACOSX").mkdir()
+    result = prepare(tmp_path / "in", tmp_path / "out")
+    assert result.returncode == 0 and "left out" not in result.stdout, result.stderr
+    split = json.loads((tmp_path / "out/split.json").read_text())
+    assert "_g" in split["train"] + split["val"] + split["test"]
+
+
+def test_a_class_on_another_ground(tmp_path):
+    source = make(tmp_path / "in")
+    for path in (source / "class07").iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    fails(prepare(source, tmp_path / "out"), "76 of 80 pictures have a light border", "--ground")
+    assert prepare(source, tmp_path / "out", "--ground", "light").returncode == 0
+
+
 def test_what_is_refused(tmp_path):
     source, out = make(tmp_path / "in"), tmp_path / "out"
     fails(prepare(tmp_path / "nowhere", out), "--source", "nowhere")
@@ -104,7 +123,7 @@ def test_the_copies_of_plain_are_the_same_text():
     texts = []
     for folder in ("folder", "glyphs", "imgnet", "omniglot"):
         text = (ROOT / f"data/{folder}/prepare.py").read_text()
-        texts.append(text[text.index("def print_anywhere") : text.index("def main")])
+        texts.append(text[text.index("def lenient") : text.index("def main")])
     assert len(set(texts)) == 1
 
 

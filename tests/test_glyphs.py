@@ -96,11 +96,16 @@ def test_a_full_disk_is_named(tmp_path):
 
 def test_closed_output_changes_nothing(glyphs_dir, tmp_path):
     sizes = ["--train", 60, "--val", 25, "--test", 25]
-    for i, after in enumerate(("2>&-", ">&-", ">&- 2>&-")):
+    for i, after in enumerate(("2>&-", ">&-", ">&- 2>&-", "> >(true)", "> >(true) 2>&1", ">/dev/full 2>&1")):
         result = shell("", after, "--out", tmp_path / f"{i}", *sizes)
         assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
         assert written(tmp_path / f"{i}") == written(glyphs_dir)
     assert shell("", "2>&-", "--train", 0).returncode == 2
+
+
+def test_a_home_after_an_equals_sign(tmp_path):
+    result = shell(f"HOME={tmp_path}", "", "'--out=~/out'", "--train", 1, "--val", 1, "--test", 1)
+    assert result.returncode == 0 and (tmp_path / "out/train.npy").exists(), result.stderr
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):

@@ -290,6 +290,13 @@ def test_a_name_of_two_different_files(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_of_two_different_files_in_one_zip(source, tmp_path):
+    pack(source, "a.zip", lambda path: f"images/{path.name}")
+    with zipfile.ZipFile(source / "a.zip", "a") as file, pytest.warns(UserWarning):
+        file.writestr("images/train3_0.jpg", jpeg(99))
+    fails(prepare(source, tmp_path / "out"), "a.zip: two different files named images/train3_0.jpg found")
+
+
 def test_a_mask_does_not_stand_in_for_a_missing_picture(source, tmp_path):
     for place in ("a.zip", "b.zip"):
         pack(
@@ -340,10 +347,15 @@ def test_arrays_stay_while_their_source_is_the_same(source, right, tmp_path):
     fails(again("fail"), "--source: other images found than those that", tmp_path / "out")
     assert when() == before
     assert again("again").returncode == 0 and when() != before
-    assert (
-        prepare(source, tmp_path / "out").returncode == 0
-        and "source_crc32" not in (tmp_path / "out/classes.json").read_text()
-    )
+    assert prepare(source, tmp_path / "out").returncode == 0
+    before = when()
+    assert again("again").returncode == again("fail").returncode == 0 and when() == before
+
+
+def test_arrays_are_the_same_however_many_wait_to_be_written(source, right, tmp_path):
+    code = "import prepare; prepare.AT_ONCE = 7; prepare.main()"
+    result = run("data/imgnet", code, "--source", source, "--out", tmp_path / "out", script="-c")
+    assert result.returncode == 0 and equal(tmp_path / "out", right / "out"), result.stderr
 
 
 def test_a_file_of_two_names(source, tmp_path):
@@ -363,7 +375,10 @@ def test_what_was_found_is_said(source, tmp_path):
     )  # fmt: skip
     (source / "processed_images").rename(source / "images")
     rename_rows(source, lambda name: "other" + name)
-    fails(prepare(source, tmp_path / "out"), "24 of 24 images missing", "54 files found, such as test0_0.jpg")
+    fails(
+        prepare(source, tmp_path / "out"), "24 of 24 images missing", "54 files found, such as test0_0.jpg",
+        source / "images/test0_0.jpg",
+    )  # fmt: skip
 
 
 # --- what a pixel means ---------------------------------------------------------------------------
@@ -388,8 +403,13 @@ def test_a_drawing_in_the_alpha_channel_is_ink_on_white(tmp_path, mode):
     assert (
         decoded(tmp_path, with_alpha(255, RAMP, mode)) == RAMP[..., None]
     ).all()  # white on white would be nothing
+    light = decoded(tmp_path, with_alpha(250, RAMP, mode)).astype(int)
+    assert abs(light - RAMP[..., None] / 255 * 250).max() <= 1
     opaque = with_alpha(90, np.full((84, 84), 255, np.uint8), mode)
     assert (decoded(tmp_path, opaque) == 90).all()
+    hidden = Image.fromarray(RAMP).convert("RGBA")
+    hidden.putalpha(0)
+    assert "too transparent to be seen" in decoded(tmp_path, hidden.convert(mode))
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
@@ -413,6 +433,14 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path, suffix, dtype):
     assert (
         decoded(tmp_path, Image.fromarray(np.full((84, 84), 200, dtype)), suffix).max() == 1
     )  # by mode, not by content
+    assert "from 0 to 255, 0 to 65535 expected" in decoded(
+        tmp_path, Image.fromarray(RAMP.astype(dtype)), suffix
+    )  # of which nothing would be left
+
+
+def test_what_is_no_picture(tmp_path):
+    (tmp_path / "a.jpg").write_text("<html>")
+    assert load("data/imgnet", "prepare").decode((None, str(tmp_path / "a.jpg"))).endswith("image file")
 
 
 def test_floats_are_scaled_or_refused(tmp_path):

@@ -249,6 +249,9 @@ def test_what_simclr_says_of_the_features(data, tmp_path, refused):
     ):
         (folder / "features.json").write_text(text)
         refused(*start, words=["features.json: not readable"])
+    (folder / "features.json").unlink()
+    (folder / "features.json").mkdir()
+    refused(*start, words=["features.json: not readable"])
     assert not (tmp_path / "new").exists()
 
 
@@ -273,6 +276,24 @@ def test_features_that_features_json_does_not_describe(data, tmp_path, refused):
         refused("--data-dir", folder, "--save-dir", tmp_path / "run", *TINY, words=words)
         np.save(folder / f"{split}_features.npy", kept)
     assert not (tmp_path / "run").exists()
+
+
+def test_copies_with_other_last_bits_and_features_in_disorder(data, tmp_path, refused, capsys):
+    folder = shutil.copytree(data, tmp_path / "features")
+    val = np.load(data / "val_features.npy")
+    copies = np.concatenate([val * np.float32(1 + 1e-6), np.load(data / "test_features.npy")[len(val) :]])
+    np.save(folder / "test_features.npy", copies)
+    flags = ["--data-dir", folder, "--save-dir", tmp_path / "run", *TINY]
+    refused(*flags, words=["images of val found in test too"])
+    args = main.parse_args([*map(str, flags), "--data-dir", str(data)])
+    capsys.readouterr()
+    dataloader.load_splits(args, {})
+    assert not capsys.readouterr().out
+    swapped = np.load(data / "test_features.npy").reshape(22, 20, 32).swapaxes(0, 1)
+    np.save(folder / "test_features.npy", swapped.reshape(-1, 32))
+    args.data_dir = folder
+    dataloader.load_splits(args, {})
+    assert "test_features.npy: images of a class are no more alike than others" in capsys.readouterr().out
 
 
 def test_training_features_need_no_classes(data, tmp_path):

@@ -417,6 +417,12 @@ def test_missing_and_wrong_data(glyphs_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_save_dir_that_cannot_be_made(glyphs_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/run", tmp_path / ("x" * 300)):
+        fails(run("omniglot", "--data-dir", glyphs_dir, "--save-dir", place, *TINY), place)
+
+
 def test_wrong_checkpoints(glyphs_dir, tmp_path):
     flags = [
         "--data-dir",

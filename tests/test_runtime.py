@@ -129,6 +129,38 @@ def test_a_folder_that_is_not_utf_8_is_refused(capsys):
     assert "--save-dir" in capsys.readouterr().err
 
 
+def test_a_home_that_is_nobodys_is_a_name(tmp_path):
+    assert str(machine.user_path("~nobody-here/x")) == "~nobody-here/x"
+
+
+def test_what_stands_in_the_way_of_config_json(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert runtime.read_config(tmp_path / "file") == {}
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(machine.UserError, match="config.json: not readable"):
+        runtime.read_config(tmp_path)
+    (tmp_path / "config.json").rmdir()
+    (tmp_path / "config.json").write_text('{"args": {}, "precision": "fp32", "data": [1]}')
+    with pytest.raises(machine.UserError, match="config.json: not readable"):
+        runtime.read_config(tmp_path)
+
+
+def test_a_device_that_runs_no_kernel(monkeypatch):
+    def fail(_):
+        raise RuntimeError("no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.Tensor, "sum", fail)
+    with pytest.raises(machine.UserError, match="--device: cpu found, .* .no kernel image is available.$"):
+        machine.choose_device("cpu")
+
+
+def test_mps_trains_in_float32():
+    device = torch.device("mps")
+    assert "MPS" in machine.device_name(device) and not machine.use_bf16("auto", device)
+    with pytest.raises(machine.UserError, match="--precision: bf16 found, fp32 expected"):
+        machine.use_bf16("bf16", device)
+
+
 def test_signals_are_caught_in_training_only(capfd):
     before = signal.getsignal(signal.SIGTERM)
     with machine.catch_stop() as stop:

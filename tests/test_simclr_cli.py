@@ -353,6 +353,24 @@ def test_arrays_of_other_images_are_not_used(source_dir, other_dir, tmp_path):
     assert (exported[0] != exported[1]).any()
 
 
+def test_arrays_beside_other_images(source_dir, other_dir, data_dir, tmp_path):
+    flags = [*TINY, "--train-epochs", 1, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
+    both = shutil.copytree(other_dir, tmp_path / "both")
+    shutil.copytree(data_dir, both, dirs_exist_ok=True)
+    fails(run("simclr", "--data-dir", both, *flags), "other images found than those that", both)
+    assert not (tmp_path / "s").exists()
+    arrays = (both / "train.npy").read_bytes()
+    classes = json.loads((both / "classes.json").read_text())
+    del classes["source_crc32"]
+    (both / "classes.json").write_text(json.dumps(classes))
+    result = run("simclr", "--data-dir", both, *flags)
+    assert result.returncode == 0 and "arrays kept, not compared with the images" in result.stdout
+    assert (both / "train.npy").read_bytes() == arrays
+    shutil.copytree(source_dir / "images", both / "images", dirs_exist_ok=True)
+    shutil.copytree(data_dir, both, dirs_exist_ok=True)
+    assert run("simclr", "--data-dir", both, *flags, "--resume").returncode == 0
+
+
 def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):
     copy = tmp_path / "mine"
     copy.mkdir()
@@ -465,6 +483,8 @@ def test_wrong_data(capsys, monkeypatch, data_dir, tmp_path):
         ("train", None, ["train.npy: not found", "prepare.py"]),
         ("val", arrays["val"][..., 0], ["val.npy: shape (18, 84, 84)"]),
         ("train", arrays["train"].astype(np.float32), ["train.npy: dtype float32"]),
+        ("val", np.zeros_like(arrays["val"]), ["val.npy: values from 0 to 0 found, pictures of 0 to 255"]),
+        ("train", arrays["train"] // 16, ["train.npy: values from 0 to 15 found"]),
         ("test", np.array([{"a": 1}]), ["test.npy: not a readable .npy array"]),
         ("train_labels", None, ["train_labels.npy: not found"]),
         ("train_labels", labels[:-1], ["train_labels.npy: int64 of shape (23,)", "24 images"]),

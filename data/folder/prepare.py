@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -33,9 +34,10 @@ class SourceError(Exception):
 def find_classes(source):
     """List {class: [pictures]} of the folders in `source`. Raises SourceError for one without pictures."""
     classes = {}
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name[0] not in "._"):
+    folders = sorted(path for path in source.iterdir() if path.is_dir() and path.name != "__MACOSX")
+    for folder in (path for path in folders if path.name[0] != "."):
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        files = [path for path in files if path.name[0] != "."]
+        files = [path for path in files if path.name[0] != "." and not path.is_dir()]
         if not files:
             names = ", ".join(sorted(path.name for path in folder.iterdir())[:3])
             found = f"no picture found ({names or 'empty'})"
@@ -63,8 +65,9 @@ def plain(image):
         turn = None
     if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
-        if not (values.min() >= 0 and values.max() <= top):
-            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= top) or (top > 1 and low < high <= 255):  # 255: likely of 8 bits
+            found = f"mode {image.mode} with values from {low:g} to {high:g}"
             raise ValueError(f"{found}, 0 to {top:g} expected")
         if isinstance(image.info.get("transparency"), int):
             values[values == image.info["transparency"]] = top
@@ -72,11 +75,12 @@ def plain(image):
     elif image.has_transparency_data:
         # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
         image = image.convert("RGBA")
-        for ground in ("white", "black"):
-            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
-            if any(low < high for low, high in flat.getextrema()):
-                break
-        image = flat
+        grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
+        flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
+        seen, other, meant = (max(high - low for low, high in of.getextrema()[:3]) for of in (*flats, image))
+        if max(seen, other) < 32 <= meant:
+            raise ValueError("too transparent to be seen, an opaque picture expected")
+        image = flats[seen < 32 <= other]
     return image if turn is None else image.transpose(turn)
 
 
@@ -98,12 +102,16 @@ def read(path, size):
 
 
 def find_ground(borders):
-    """Say if the ground is light or dark. Raises SourceError if under nine in ten pictures agree."""
-    light = sum(border > 127 for border in borders)
-    if 0.1 < light / len(borders) < 0.9:
-        found = f"{light} of {len(borders)} pictures have a light border"
+    """Say if the ground is light or dark: borders (classes, pictures).
+
+    Raises SourceError if under nine in ten pictures agree, or a class mostly differs from the others.
+    """
+    light = np.asarray(borders) > 127
+    other = abs(light.mean(1) - light.mean().round()) > 0.5
+    if 0.1 < light.mean() < 0.9 or other.any():
+        found = f"{light.sum()} of {light.size} pictures have a light border"
         raise SourceError(f"{found}, one ground for all expected: say which by --ground, or use --for simclr")
-    return "light" if 2 * light > len(borders) else "dark"
+    return "light" if light.mean() > 0.5 else "dark"
 
 
 def write_array(path, shape, parts):
@@ -170,7 +178,7 @@ def prepare(source, size, seed, ground, folder):
         labels = {f"{name}_labels": np.repeat(np.arange(len(of)), least) for name, of in split.items()}
         return files | labels, split, notes
     how = "as --ground says" if ground else "as the borders of the pictures are"
-    ground = ground or find_ground(borders)
+    ground = ground or find_ground(np.reshape(borders, (-1, least)))
     notes.append(f"{ground} ground, {how}: {'inverted, ' * (ground == 'light')}ink is high")
     for name, path in files.items():
         x = np.load(path, mmap_mode="r+")
@@ -202,11 +210,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def lenient(method):
+    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
+
+    def call(*args):
+        with suppress(OSError):
+            return method(*args)
+
+    return call
+
+
 def print_anywhere():
-    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
     for name in ("stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")
+        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
+        setattr(sys, name, stream)
+
+
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(os.path.expanduser(text))
 
 
 def in_words(error, out):
@@ -225,8 +250,8 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    parser.add_argument("--source", type=Path, required=True, help="folder of class folders of pictures")
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--source", type=user_path, required=True, help="folder of class folders of pictures")
+    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--for", dest="experiment", choices=["omniglot", "simclr"], default="omniglot",
                         help="who reads them (default: omniglot)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the split into classes (default: 0)")
@@ -251,8 +276,10 @@ def main():
     for line in notes:
         print(line)
     for name in split:
-        array = np.load(args.out / f"{name}.npy", mmap_mode="r")
-        print(f"{args.out / name}.npy  {array.shape} {array.dtype}  {len(split[name])} classes")
+        with open(args.out / f"{name}.npy", "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        print(f"{args.out / name}.npy  {shape} {dtype}  {len(split[name])} classes")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -139,11 +140,28 @@ def whole(low, high):
     return parse
 
 
+def lenient(method):
+    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
+
+    def call(*args):
+        with suppress(OSError):
+            return method(*args)
+
+    return call
+
+
 def print_anywhere():
-    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
     for name in ("stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")
+        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
+        setattr(sys, name, stream)
+
+
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(os.path.expanduser(text))
 
 
 def in_words(error, out):
@@ -162,7 +180,7 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of all that is drawn (default: 0)")
     for name, count in SPLITS.items():
         parser.add_argument(f"--{name}", type=whole(1, 100000), default=count,
@@ -177,8 +195,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     for name in SPLITS:
-        array = np.load(args.out / f"{name}.npy", mmap_mode="r")
-        print(f"{args.out / name}.npy  {array.shape} {array.dtype}")
+        print(f"{args.out / name}.npy  {(getattr(args, name), DRAWINGS, SIZE, SIZE, 1)} uint8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,19 @@
-"""Where the images that the CSVs name lie: loose or in zips, in the layouts that people pass on."""
+"""Where the images that the CSVs name lie, loose or in zips, in the layouts that people have."""
 
 import filecmp
 import os
 import unicodedata
 import zipfile
+import zlib
+from functools import lru_cache
 from pathlib import Path
+
+from PIL import Image
+
+DAMAGE = (  # what reading an image raises
+    OSError, RuntimeError, SyntaxError, ValueError,
+    Image.DecompressionBombError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def keys(name):
@@ -42,7 +51,10 @@ def find_images(source):
                 for entry in file.infolist():
                     last = entry.filename.rpartition("/")[2]
                     if last and not last.startswith("._") and "__MACOSX" not in entry.filename:
-                        entries[str(archive), entry.filename] = (entry.CRC, entry.file_size)
+                        place, content = (str(archive), entry.filename), (entry.CRC, entry.file_size)
+                        if entries.setdefault(place, content) != content:
+                            found = f"two different files named {entry.filename} found"
+                            problems.append(f"{archive}: {found}, one expected")
         except (zipfile.BadZipFile, OSError) as error:
             problems.append(f"{archive}: damaged or truncated zip archive ({error})")
 
@@ -90,7 +102,11 @@ def check_places(source, rows, places, found):
     beside = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
     beside = [name for name in beside if not name.lower().endswith((".csv", ".zip"))]
     beside = [name for name in beside if name != "images/" and name[0] != "."]
-    there = f"{len(names)} files found, such as {names[0]}" if names else "no file found"
+    there = "no file found"
+    if names:
+        place = found[names[0]]
+        place = place if isinstance(place, str) else ": ".join(filter(None, place))
+        there = f"{len(names)} files found, such as {names[0]} ({place})"
     if beside:
         listed = ", ".join(beside[:4]) + ", ..." * (len(beside) > 4)
         there += f"; not read: {listed}, a folder images/ or a .zip expected"
@@ -114,3 +130,27 @@ def check_places(source, rows, places, found):
     if any(None in jobs for jobs in places.values()):
         problems.append(f"{source}: {there}")
     return problems
+
+
+@lru_cache
+def open_zip(path, process):
+    """Open a zip once for each process: a forked one would share its parent's place in the file."""
+    return zipfile.ZipFile(path)
+
+
+def load(place):
+    """Read an image's file, loose or in a zip."""
+    archive, path = place
+    return open_zip(archive, os.getpid()).read(path) if archive else Path(path).read_bytes()
+
+
+def checksum(rows, places):
+    """Sum up what arrays are made from: the images' files and labels in order; None if a file is damaged."""
+    found = 0
+    try:
+        for split, jobs in places.items():
+            for (_, label), place in zip(rows[split], jobs):
+                found = zlib.crc32(load(place), zlib.crc32(f"{split}, {label}\n".encode(), found))
+    except DAMAGE:
+        return None
+    return found

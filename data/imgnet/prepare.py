@@ -16,12 +16,10 @@ import re
 import signal
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -29,15 +27,12 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from layout import check_places, find_images, place_images
+from layout import DAMAGE, check_places, checksum, find_images, load, place_images
 
 SPLITS = {"train": 38400, "val": 9600, "test": 12000}  # Mini-ImageNet's own counts
 CLASSES = {"train": 64, "val": 16, "test": 20}
 SIZE = 84
-DAMAGE = (  # what reading an image raises
-    OSError, RuntimeError, SyntaxError, ValueError,
-    Image.DecompressionBombError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+AT_ONCE = 4096  # images that wait to be written
 
 
 class SourceError(Exception):
@@ -124,8 +119,9 @@ def plain(image):
         turn = None
     if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
-        if not (values.min() >= 0 and values.max() <= top):
-            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= top) or (top > 1 and low < high <= 255):  # 255: likely of 8 bits
+            found = f"mode {image.mode} with values from {low:g} to {high:g}"
             raise ValueError(f"{found}, 0 to {top:g} expected")
         if isinstance(image.info.get("transparency"), int):
             values[values == image.info["transparency"]] = top
@@ -133,24 +129,13 @@ def plain(image):
     elif image.has_transparency_data:
         # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
         image = image.convert("RGBA")
-        for ground in ("white", "black"):
-            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
-            if any(low < high for low, high in flat.getextrema()):
-                break
-        image = flat
+        grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
+        flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
+        seen, other, meant = (max(high - low for low, high in of.getextrema()[:3]) for of in (*flats, image))
+        if max(seen, other) < 32 <= meant:
+            raise ValueError("too transparent to be seen, an opaque picture expected")
+        image = flats[seen < 32 <= other]
     return image if turn is None else image.transpose(turn)
-
-
-@lru_cache
-def open_zip(path, process):
-    """Open a zip once for each process: a forked one would share its parent's place in the file."""
-    return zipfile.ZipFile(path)
-
-
-def load(place):
-    """Read an image's file, loose or in a zip."""
-    archive, path = place
-    return open_zip(archive, os.getpid()).read(path) if archive else Path(path).read_bytes()
 
 
 def decode(place):
@@ -161,7 +146,7 @@ def decode(place):
             image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         return np.asarray(image)
     except DAMAGE as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return " ".join(str(error).split()).partition(" <_io")[0] or type(error).__name__
 
 
 def decode_all(places, folder):
@@ -178,13 +163,15 @@ def decode_all(places, folder):
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), SIZE, SIZE, 3)}
             with open(folder / f"{split}.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
-                for i, image in zip(known, pool.map(decode, [jobs[i] for i in known], chunksize=64)):
-                    if isinstance(image, str):
-                        broken[split].append((i, image))
-                    else:
-                        file.write(image.tobytes())
-                        sums[split].append(hash(image.tobytes()))
-                    bar.update()
+                for start in range(0, len(known), AT_ONCE):
+                    some = known[start : start + AT_ONCE]
+                    for i, image in zip(some, pool.map(decode, [jobs[i] for i in some], chunksize=64)):
+                        if isinstance(image, str):
+                            broken[split].append((i, image))
+                        else:
+                            file.write(image.tobytes())
+                            sums[split].append(hash(image.tobytes()))
+                        bar.update()
     return sums, broken
 
 
@@ -208,27 +195,16 @@ def check_apart(rows, sums):
     return problems
 
 
-def checksum(rows, places):
-    """Sum up what arrays are made from: the images' files and labels in order; None if a file is damaged."""
-    found = 0
-    try:
-        for split, jobs in places.items():
-            for (_, label), place in zip(rows[split], jobs):
-                found = zlib.crc32(load(place), zlib.crc32(f"{split}, {label}\n".encode(), found))
-    except DAMAGE:
-        return None
-    return found
-
-
 def unchanged(out, facts, otherwise):
     """Say if `out` was made from what `facts` say. Raises SourceError if not and `otherwise` is fail."""
     try:
-        before = json.loads((out / "classes.json").read_text()).get("source_crc32")
-    except (OSError, ValueError, AttributeError):
+        before = json.loads((out / "classes.json").read_text())
+        known = {name: before[name] for name in facts if name in before}
+    except (OSError, ValueError, TypeError):
         return False
-    if before not in (None, facts["source_crc32"]) and otherwise == "fail":
+    if otherwise == "fail" and any(known[name] != facts[name] for name in known):
         raise SourceError(f"--source: other images found than those that {out} was made from")
-    return before is not None and before == facts["source_crc32"]
+    return bool(otherwise) and known == facts and "source_crc32" in known
 
 
 def look(source):
@@ -291,11 +267,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def lenient(method):
+    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
+
+    def call(*args):
+        with suppress(OSError):
+            return method(*args)
+
+    return call
+
+
 def print_anywhere():
-    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
     for name in ("stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")
+        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
+        setattr(sys, name, stream)
+
+
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(os.path.expanduser(text))
 
 
 def in_words(error, out):
@@ -314,11 +307,12 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    parser.add_argument("--source", type=Path, required=True,
+    parser.add_argument("--source", type=user_path, required=True,
                         help="folder with the three CSVs and images/ or zips of it")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--if-changed", choices=["again", "fail"],
-                        help="keep the arrays in --out if of this source; if not, so do")  # fmt: skip
+                        help="keep the arrays in --out if of this source; if not, so do; "
+                        "fail also keeps arrays beside the source that do not say")  # fmt: skip
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:
@@ -326,10 +320,13 @@ def main():
             expected = "a folder with the three CSVs and images/ or zips of it expected"
             raise SourceError(f"--source: {args.source} found, {expected}")
         rows, classes, places, problems = look(args.source)
-        facts = dict(classes)
-        if args.if_changed and not problems:
-            facts["source_crc32"] = checksum(rows, places)
-        if "source_crc32" not in facts or not unchanged(args.out, facts, args.if_changed):
+        facts = dict(classes) if problems else classes | {"source_crc32": checksum(rows, places)}
+        kept = unchanged(args.out, facts, args.if_changed)
+        beside = (args.out / "train.npy").exists() and args.out.samefile(args.source)
+        if beside and not kept and args.if_changed == "fail":
+            print(f"{args.out}: arrays kept, not compared with the images beside them")
+            return
+        if not kept:
             there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
             with tempfile.TemporaryDirectory(dir=there, prefix=".prepare-") as folder:
                 write_all(args.out, prepare(rows, classes, places, problems, Path(folder)), facts)
@@ -339,9 +336,9 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     for split in SPLITS:
-        images, labels = (np.load(args.out / f"{split}{part}.npy", mmap_mode="r") for part in ("", "_labels"))
-        classes = f"{labels[-1] + 1} classes of {len(images) // (labels[-1] + 1)} images"
-        print(f"{args.out / split}.npy  {images.shape} {images.dtype}  {classes}")
+        labels = np.load(args.out / f"{split}_labels.npy")
+        classes = f"{labels[-1] + 1} classes of {len(labels) // (labels[-1] + 1)} images"
+        print(f"{args.out / split}.npy  {(len(labels), SIZE, SIZE, 3)} uint8  {classes}")
 
 
 if __name__ == "__main__":

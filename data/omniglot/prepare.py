@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -114,8 +115,9 @@ def plain(image):
         turn = None
     if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
-        if not (values.min() >= 0 and values.max() <= top):
-            found = f"mode {image.mode} with values from {values.min():g} to {values.max():g}"
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= top) or (top > 1 and low < high <= 255):  # 255: likely of 8 bits
+            found = f"mode {image.mode} with values from {low:g} to {high:g}"
             raise ValueError(f"{found}, 0 to {top:g} expected")
         if isinstance(image.info.get("transparency"), int):
             values[values == image.info["transparency"]] = top
@@ -123,11 +125,12 @@ def plain(image):
     elif image.has_transparency_data:
         # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
         image = image.convert("RGBA")
-        for ground in ("white", "black"):
-            flat = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
-            if any(low < high for low, high in flat.getextrema()):
-                break
-        image = flat
+        grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
+        flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
+        seen, other, meant = (max(high - low for low, high in of.getextrema()[:3]) for of in (*flats, image))
+        if max(seen, other) < 32 <= meant:
+            raise ValueError("too transparent to be seen, an opaque picture expected")
+        image = flats[seen < 32 <= other]
     return image if turn is None else image.transpose(turn)
 
 
@@ -142,7 +145,8 @@ def read_drawing(png, name):
         if image.size == (105, 105):
             image = plain(image).convert("L")
     except Exception as error:  # Pillow raises many kinds for a damaged image
-        raise SourceError(f"{name}: not a readable PNG ({error})") from None
+        found = str(error).partition(" <_io")[0]
+        raise SourceError(f"{name}: not a readable PNG ({found})") from None
     if image.size != (105, 105):
         raise SourceError(f"{name}: {image.size[0]}x{image.size[1]} pixels found, 105x105 expected")
     low, high = image.getextrema()
@@ -197,11 +201,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def lenient(method):
+    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
+
+    def call(*args):
+        with suppress(OSError):
+            return method(*args)
+
+    return call
+
+
 def print_anywhere():
-    """Have output that is closed, or in an encoding without some sign, end nothing."""
+    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
     for name in ("stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")
+        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
+        setattr(sys, name, stream)
+
+
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(os.path.expanduser(text))
 
 
 def in_words(error, out):
@@ -220,9 +241,9 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    parser.add_argument("--source", type=Path,
+    parser.add_argument("--source", type=user_path,
                         help="folder with the two archives or their folders (default: download)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
     try:
