@@ -17,7 +17,7 @@ from ablations import BASE, OUT, TEST, TRAIN, name_of, other_ways, read_json, re
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
 HEADLINES = {  # in README.md
-    "omniglot/published-5way", "omniglot/quick", "omniglot/5way-long", "omniglot/canonical",
+    "omniglot/published-5way", "omniglot/quick", "omniglot/canonical",
     "mimgnet/prototypical-512",
 }  # fmt: skip
 
