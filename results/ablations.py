@@ -27,7 +27,7 @@ DATA = {"omniglot": "data/omniglot", "mimgnet": "data/imgnet"}
 WAYS = "--test-way 5 10 15 20"
 TEST = [
     "",  # the protocol itself
-    "--e-step learned", "--e-step k-means",
+    "--e-step learned", "--e-step tied", "--e-step k-means",
     "--semisupervised-em-iters 0", "--semisupervised-em-iters 1", "--semisupervised-em-iters 2",
     "--semisupervised-em-iters 5", "--semisupervised-em-iters 20",
     "--test-mc-sample-size 1", "--test-mc-sample-size 4", "--test-mc-sample-size 128",
