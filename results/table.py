@@ -118,7 +118,7 @@ def describe(name, seeds):
     seconds = [run["seconds"] for run in seeds]  # longer beside other work
     size, unit = (60, "min") if max(seconds) > 120 else (1, "s")
     took = " to ".join(map(str, sorted({round(min(seconds) / size), round(max(seconds) / size)})))
-    machines = " or ".join(dict.fromkeys(map(device, seeds)))
+    machines = " or ".join(dict.fromkeys(map(device, seeds))).replace(" CPU, 1 thread or", " or")
     return f"{link(name)}: {length} in {took} {unit}, {machines}"
 
 
