@@ -5,12 +5,12 @@
 From the validations of metrics.jsonl. Ours decodes another target, so its reconstruction is not comparable.
 """
 
-import json
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 
-OMNIGLOT = Path(__file__).resolve().parent / "omniglot"
+from ablations import RESULTS, read_lines
+from table import PUBLISHED
+
+OMNIGLOT = RESULTS / "omniglot"
 RUNS = {
     "published, one sample decoded": "published-5way/seed0",
     "its objective on small sets": "5way-long/seed0",
@@ -27,14 +27,14 @@ PANELS = {
 def main():
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), layout="constrained")
     for label, folder in RUNS.items():
-        lines = [json.loads(line) for line in (OMNIGLOT / folder / "metrics.jsonl").open()]
+        lines = read_lines(OMNIGLOT / folder / "metrics.jsonl")
         for ax, value in zip(axes, PANELS.values()):
             ax.plot([line["step"] for line in lines], list(map(value, lines)), ".-", ms=3, lw=1, label=label)
     for ax, title in zip(axes, PANELS):
         ax.set(title=title, xlabel="step", xscale="log")
         ax.grid(alpha=0.3)
-    for ax, published in zip(axes, (94.92, 97.09)):
-        ax.axhline(published, color="black", lw=0.8, ls="--", label="the paper, on test")
+    for ax, cell in zip(axes, ("5way1shot", "5way5shot")):
+        ax.axhline(PUBLISHED["omniglot"][cell], color="black", lw=0.8, ls="--", label="the paper, on test")
     axes[0].legend(fontsize=7)
     figure.savefig(OMNIGLOT / "curves.png", dpi=110)
 
