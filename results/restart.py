@@ -1,0 +1,57 @@
+"""Make of a run's shipped weights a folder that `omniglot/main.py --resume` continues.
+
+    python results/restart.py results/omniglot/published-5way/seed0 --out runs/published-5way
+
+A shipped run has no last.pt. This one starts with the weights of the last step, in the half precision in which
+they are kept; Adam's moments begin at zero and the draws anew, which config.json notes under `restarted`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent / "omniglot"))
+from machine import Parser, UserError, program, user_path  # noqa: E402
+from model import GMVAE  # noqa: E402
+from runtime import load_checkpoint, read_config, save_checkpoint, snapshot, write_json, write_metrics  # noqa: E402
+
+from ablations import read_lines  # noqa: E402
+
+
+def restart(run, out):
+    """Write config.json, metrics.jsonl and last.pt into `out`. Raises UserError."""
+    if (out / "last.pt").exists():
+        raise UserError(f"--out: {out} holds a run, another folder expected")
+    config, history = read_config(run), read_lines(run / "metrics.jsonl")
+    step, seconds, args = history[-1]["step"], history[-1]["seconds"], config["args"]
+    found = [load_checkpoint(path) for path in sorted(run.glob("*best.pt"))]
+    weights = next((c for c in found if c["step"] == step), None)
+    if weights is None:
+        raise UserError(f"{run}: weights of steps {[c['step'] for c in found]} found, of step {step} expected")
+    model = GMVAE(**weights["sizes"])
+    model.load_state_dict(weights["model"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=args["lr"], weight_decay=args["weight_decay"], fused=True)
+    generator = torch.Generator().manual_seed(args["seed"] + 2**31 + step)
+    parts = snapshot({"model": model, "optimizer": optimizer, "generator": generator})
+    progress = {"step": step, "seconds": seconds, "history": history}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", config | {"restarted": [*config.get("restarted", []), step]})
+    write_metrics(out, history)
+    save_checkpoint(out / "last.pt", parts | progress | {"sizes": model.sizes, "way": weights["way"]})
+    for path in run.glob("*best.pt"):
+        save_checkpoint(out / path.name, load_checkpoint(path))
+
+
+def main():
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("run", type=user_path, help="its folder, with weights of its last step")
+    p.add_argument("--out", type=user_path, required=True, help="folder to write, of this run alone")
+    args = p.parse_args()
+    with program():
+        restart(args.run, args.out)
+
+
+if __name__ == "__main__":
+    main()
