@@ -3,12 +3,13 @@
     python results/ablations.py ways omniglot/5way-fast/seed0   # a run at other numbers of ways: a minute
     python results/ablations.py test omniglot/5way-fast/seed0   # one thing changed in the test: minutes
     python results/ablations.py train       # short trainings on Omniglot: minutes each
+    python results/ablations.py ours        # the same of our recipe, recipes/quick.txt, in three seeds
     python results/ablations.py active      # counts the latent dimensions that all these use
     python results/ablations.py plot        # the figures from what the others have left
 
 `ways` and `test` add to results/ablations/<run>.json, {flags: test.json}. `train` makes a folder
-results/ablations/<name> for each training, as any run leaves it, and continues where it was killed. `active`
-writes results/ablations/active.json. `make table` puts all into results/ablations/README.md.
+results/ablations/<name> for each training, as any run leaves it, and continues where it was killed; `ours`
+makes results/ablations/ours/<name>/seed<N>. `active` writes results/ablations/active.json. `make table` puts all into results/ablations/README.md.
 """
 
 import argparse
@@ -50,14 +51,35 @@ TRAIN = {  # experiment -> name -> what differs; a later flag overrides
     },
     "mimgnet": {"mimgnet-em-start-images": "--em-start images"},
 }
+OURS = {  # name -> flags that differ from recipes/quick.txt
+    "target-drawing": "--target drawing",
+    "target-centred": "",
+    "target-shape-0": "--target-shape 0",
+    "target-shape-0.5": "--target-shape 0.5",
+    "input-canonical": "--target drawing",
+    "warp-affine": "--warp affine",
+    "warp-elastic": "--warp elastic",
+    "kl-weight-0.02": "--kl-weight 0.02",
+    "kl-weight-0.15": "--kl-weight 0.15",
+    "kl-weight-1": "--kl-weight 1",
+    "em-iters-0": "--unsupervised-em-iters 0",
+    "em-iters-1": "--unsupervised-em-iters 1",
+}
+CODE = {  # of OURS, what no flag does: run before main()
+    "target-centred": "main.canonical = lambda x, p: pose.canonical(x, (p[0], torch.eye(2).expand_as(p[1])))",
+    "input-canonical": "load = main.load_splits; main.load_splits = lambda args: "
+    "{name: pose.canonical(x / 255, pose.pose(x)) for name, x in load(args).items()}",
+}
+CODE = {name: f"import main, pose, torch; {code}; main.main()" for name, code in CODE.items()}
 SLOW = "mc-samples-32"  # on a CPU: 600 steps of four seconds, so only by its name
 
 
-def main_py(experiment, data_dir, *flags):
-    """Run `python main.py <flags>` in an experiment's folder; leave with its exit status if it fails."""
+def main_py(experiment, data_dir, *flags, code=None):
+    """Run `python main.py <flags>`, or code, in an experiment's folder; leave with its exit status if it fails."""
     folder = RESULTS.parent / experiment
     data = os.path.relpath(data_dir or RESULTS.parent / DATA[experiment], folder)
-    command = [sys.executable, "main.py", "--data-dir", data, *map(str, flags)]
+    program = ["-c", code] if code else ["main.py"]
+    command = [sys.executable, *program, "--data-dir", data, *map(str, flags)]
     done = subprocess.run(command, cwd=folder)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
@@ -86,6 +108,16 @@ def train(names, data_dir):
                 continue
             flags = f"--save-dir ../results/ablations/{name} --resume {BASE[experiment]} {changed}"
             main_py(experiment, data_dir, *flags.split())
+
+
+def ours(names, data_dir):
+    """Run those trainings of OURS that are not finished yet, each in three seeds."""
+    for name in names:
+        for seed in range(3):
+            folder = f"../results/ablations/ours/{name}/seed{seed}"
+            if not (RESULTS / "omniglot" / folder / "test.json").exists():
+                flags = f"@recipes/quick.txt --save-dir {folder} --seed {seed} --resume {OURS[name]}"
+                main_py("omniglot", data_dir, *flags.split(), code=CODE.get(name))
 
 
 def active_dims(mean, log_var):
@@ -219,13 +251,15 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=["ways", "test", "train", "active", "plot"], help="see above")
-    names = "ways, test: folders of results/; train: names of TRAIN (default: what a CPU can do)"
+    p.add_argument("what", choices=["ways", "test", "train", "ours", "active", "plot"], help="see above")
+    names = "ways, test: folders of results/; train, ours: names of TRAIN or OURS (default: what a CPU can do)"
     p.add_argument("names", nargs="*", help=names)
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()
     known = sorted(name for trainings in TRAIN.values() for name in trainings)
-    if args.what != "train":
+    if args.what == "ours":
+        known = list(OURS)
+    elif args.what != "train":
         folders = [path.parent for path in RESULTS.glob("*/*/seed*/config.json")]
         known = sorted(name_of(folder) for folder in folders if folder.parts[-3] in DATA)
     if args.what in ("ways", "test") and not args.names:
@@ -238,6 +272,8 @@ def main():
             test(run, TEST if args.what == "test" else [WAYS], args.data_dir)
     elif args.what == "train":
         train(args.names or [name for name in known if name != SLOW], args.data_dir)
+    elif args.what == "ours":
+        ours(args.names or OURS, args.data_dir)
     elif args.what == "active":
         active(args.data_dir)
     else:

@@ -15,7 +15,8 @@ RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
 from machine import Parser, UserError, program, user_path  # noqa: E402
 from model import GMVAE  # noqa: E402
-from runtime import load_checkpoint, read_config, save_checkpoint, snapshot, write_json, write_metrics  # noqa: E402
+from runtime import load_checkpoint, read_config, save_checkpoint, snapshot  # noqa: E402
+from runtime import write_json, write_metrics  # noqa: E402
 
 from ablations import read_lines  # noqa: E402
 

@@ -98,6 +98,32 @@ def test_the_ablations_are_flags():
         for name, flags in trainings.items():
             before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
             assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
+    for name, flags in ablations.OURS.items():
+        before, after = (vars(parsers["omniglot"]([f"@{ROOT}/omniglot/recipes/quick.txt", *text.split()])) for text in ("", flags))
+        assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
+        assert flags or name in ablations.CODE
+
+
+def test_the_ablations_that_no_flag_does_change_what_they_say(glyphs_dir):
+    """What the encoder sees and what the decoder draws: are they in the middle, are they of one size?"""
+    measure = """
+import sys
+args = main.parse_args(["@recipes/quick.txt", "--data-dir", *sys.argv[1:]])
+images = main.load_splits(args)["train"].flatten(0, 1)
+for x in main.views(images.float() / (255 if images.dtype == torch.uint8 else 1), None, args):
+    centre, size = main.pose(x, 0)
+    print(bool(centre.abs().mean() < 0.05), bool(size[:, 0, 0].std() < 0.05), end=" ")
+"""
+    ablations, seen = load("results", "ablations"), {}
+    for name in ("target-shape-0", "target-centred", "input-canonical"):
+        code = ablations.CODE.get(name, "import main, pose, torch; main.main()").replace("; main.main()", measure)
+        result = run("omniglot", code, glyphs_dir, *ablations.OURS[name].split(), script="-c")
+        seen[name] = result.stdout.strip() or result.stderr
+    assert seen == {
+        "target-shape-0": "False False True True",
+        "target-centred": "False False True False",
+        "input-canonical": "True True True True",
+    }
 
 
 def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
