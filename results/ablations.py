@@ -9,7 +9,8 @@
 
 `ways` and `test` add to results/ablations/<run>.json, {flags: test.json}. `train` makes a folder
 results/ablations/<name> for each training, as any run leaves it, and continues where it was killed; `ours`
-makes results/ablations/ours/<name>/seed<N>. `active` writes results/ablations/active.json. `make table` puts all into results/ablations/README.md.
+makes results/ablations/ours/<name>/seed<N>. `active` writes results/ablations/active.json. `make table` puts
+all into results/ablations/README.md.
 """
 
 import argparse
@@ -66,7 +67,8 @@ OURS = {  # name -> flags that differ from recipes/quick.txt
     "em-iters-1": "--unsupervised-em-iters 1",
 }
 CODE = {  # of OURS, what no flag does: run before main()
-    "target-centred": "main.canonical = lambda x, p: pose.canonical(x, (p[0], torch.eye(2).expand_as(p[1])))",
+    "target-centred": "main.canonical = lambda x, p: "
+    "pose.canonical(x, (p[0], torch.eye(2).expand_as(p[1])))",
     "input-canonical": "load = main.load_splits; main.load_splits = lambda args: "
     "{name: pose.canonical(x / 255, pose.pose(x)) for name, x in load(args).items()}",
 }
@@ -75,7 +77,7 @@ SLOW = "mc-samples-32"  # on a CPU: 600 steps of four seconds, so only by its na
 
 
 def main_py(experiment, data_dir, *flags, code=None):
-    """Run `python main.py <flags>`, or code, in an experiment's folder; leave with its exit status if it fails."""
+    """Run `python main.py <flags>`, or code in its place, in a folder; leave with its status if it fails."""
     folder = RESULTS.parent / experiment
     data = os.path.relpath(data_dir or RESULTS.parent / DATA[experiment], folder)
     program = ["-c", code] if code else ["main.py"]
@@ -252,7 +254,7 @@ class Parser(argparse.ArgumentParser):
 def main():
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=["ways", "test", "train", "ours", "active", "plot"], help="see above")
-    names = "ways, test: folders of results/; train, ours: names of TRAIN or OURS (default: what a CPU can do)"
+    names = "ways, test: folders of results/; train, ours: names of TRAIN, OURS (default: what a CPU can do)"
     p.add_argument("names", nargs="*", help=names)
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()

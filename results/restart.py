@@ -2,8 +2,9 @@
 
     python results/restart.py results/omniglot/published-5way/seed0 --out runs/published-5way
 
-A shipped run has no last.pt. This one starts with the weights of the last step, in the half precision in which
-they are kept; Adam's moments begin at zero and the draws anew, which config.json notes under `restarted`.
+A shipped run has no last.pt. This one starts with the weights of the last step, in the half precision in
+which they are kept; Adam's moments begin at zero and the draws anew, and config.json has the step under
+`restarted`.
 """
 
 import sys
@@ -30,10 +31,12 @@ def restart(run, out):
     found = [load_checkpoint(path) for path in sorted(run.glob("*best.pt"))]
     weights = next((c for c in found if c["step"] == step), None)
     if weights is None:
-        raise UserError(f"{run}: weights of steps {[c['step'] for c in found]} found, of step {step} expected")
+        steps = [c["step"] for c in found]
+        raise UserError(f"{run}: weights of steps {steps} found, of step {step} expected")
     model = GMVAE(**weights["sizes"])
     model.load_state_dict(weights["model"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=args["lr"], weight_decay=args["weight_decay"], fused=True)
+    adam = {"lr": args["lr"], "weight_decay": args["weight_decay"]}
+    optimizer = torch.optim.Adam(model.parameters(), **adam, fused=True)
     generator = torch.Generator().manual_seed(args["seed"] + 2**31 + step)
     parts = snapshot({"model": model, "optimizer": optimizer, "generator": generator})
     progress = {"step": step, "seconds": seconds, "history": history}

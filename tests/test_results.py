@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, load, needs_shared_data, run, shared_data
+from conftest import ROOT, fails, load, needs_shared_data, run, shared_data
 
 RESULTS = ROOT / "results"
 OMNIGLOT = sorted(path.parent for path in RESULTS.glob("omniglot/*/seed*/test.json"))
@@ -98,8 +98,9 @@ def test_the_ablations_are_flags():
         for name, flags in trainings.items():
             before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
             assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
+    quick = f"@{ROOT}/omniglot/recipes/quick.txt"
     for name, flags in ablations.OURS.items():
-        before, after = (vars(parsers["omniglot"]([f"@{ROOT}/omniglot/recipes/quick.txt", *text.split()])) for text in ("", flags))
+        before, after = (vars(parsers["omniglot"]([quick, *text.split()])) for text in ("", flags))
         assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
         assert flags or name in ablations.CODE
 
@@ -114,9 +115,9 @@ for x in main.views(images.float() / (255 if images.dtype == torch.uint8 else 1)
     centre, size = main.pose(x, 0)
     print(bool(centre.abs().mean() < 0.05), bool(size[:, 0, 0].std() < 0.05), end=" ")
 """
-    ablations, seen = load("results", "ablations"), {}
+    ablations, seen, plain = load("results", "ablations"), {}, "import main, torch; main.main()"
     for name in ("target-shape-0", "target-centred", "input-canonical"):
-        code = ablations.CODE.get(name, "import main, pose, torch; main.main()").replace("; main.main()", measure)
+        code = ablations.CODE.get(name, plain).replace("; main.main()", measure)
         result = run("omniglot", code, glyphs_dir, *ablations.OURS[name].split(), script="-c")
         seen[name] = result.stdout.strip() or result.stderr
     assert seen == {
@@ -124,6 +125,25 @@ for x in main.views(images.float() / (255 if images.dtype == torch.uint8 else 1)
         "target-centred": "False False True False",
         "input-canonical": "True True True True",
     }
+
+
+def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
+    folder, again = tmp_path / "shipped", tmp_path / "again"
+    tiny = "--hidden-size 4 --latent-size 4 --batch-size 2 --sample-size 10 --train-mc-sample-size 2"
+    tiny += " --test-mc-sample-size 2 --eval-episodes 5 --freq-iters 3 --train-iters"
+    flags = ["--data-dir", glyphs_dir, *tiny.split()]
+    assert run("omniglot", "--save-dir", folder, *flags, 3).returncode == 0
+    shutil.rmtree(folder / "tb_log")
+    (folder / "last.pt").unlink()
+    assert run("results", folder, "--out", again, script="restart.py").returncode == 0
+    assert run("omniglot", "--save-dir", again, "--resume", *flags, 6).returncode == 0
+    before, after = ((place / "metrics.jsonl").read_text().splitlines() for place in (folder, again))
+    assert after[:1] == before and json.loads(after[1])["step"] == 6
+    assert read_json(again / "config.json")["restarted"] == [3]
+    fails(run("results", folder, "--out", again, script="restart.py"), "--out", again)
+    for path in folder.glob("*best.pt"):
+        path.unlink()
+    fails(run("results", folder, "--out", tmp_path / "other", script="restart.py"), folder, "step 3")
 
 
 def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
