@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, fails, load, run
+from conftest import fails, load, run
 
 OMNIGLOT = ["split.json", "test.npy", "train.npy", "val.npy"]
 ARRAYS = [f"{split}{part}.npy" for split in ("train", "val", "test") for part in ("", "_labels")]
@@ -110,21 +110,6 @@ def test_what_is_refused(tmp_path):
     (source / "class03/2.png").write_bytes(b"not a picture")
     fails(prepare(source, out), "class03/2.png: not a readable picture")
     assert not out.exists()
-
-
-def test_the_copies_of_plain_are_the_same_text():
-    """Folders share text, not imports."""
-    texts = []
-    for folder in ("folder", "imgnet", "omniglot"):
-        text = (ROOT / f"data/{folder}/prepare.py").read_text()
-        start = text.index("# EXIF's orientation")
-        texts.append(text[start : text.index("image.transpose(turn)", start)])
-    assert texts[0] == texts[1] == texts[2]
-    texts = []
-    for folder in ("folder", "glyphs", "imgnet", "omniglot"):
-        text = (ROOT / f"data/{folder}/prepare.py").read_text()
-        texts.append(text[text.index("def lenient") : text.index("def main")])
-    assert len(set(texts)) == 1
 
 
 def test_the_same_pictures_in_two_class_folders(tmp_path):

@@ -90,7 +90,8 @@ def test_arrays_hold_the_images_class_by_class(source, tmp_path):
 def test_classes_json_stands_only_beside_all_arrays(tmp_path, monkeypatch):
     """A kill between two renames must not leave what `make mini` takes for prepared images."""
     prepare_py = load("data/imgnet", "prepare")
-    prepare_py.write_all(tmp_path, {"train": np.zeros(1), "val": np.zeros(1)}, {"train": ["old"]})
+    old, new = ({"train": array, "val": array} for array in (np.zeros(1), np.ones(1)))
+    prepare_py.write_all(tmp_path, old, "classes.json", {"train": ["old"]})
     renamed, replace = [], os.replace
 
     def killed(source, target):
@@ -102,7 +103,7 @@ def test_classes_json_stands_only_beside_all_arrays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        prepare_py.write_all(tmp_path, {"train": np.ones(1), "val": np.ones(1)}, {"train": ["new"]})
+        prepare_py.write_all(tmp_path, new, "classes.json", {"train": ["new"]})
     assert {path.name for path in tmp_path.iterdir()} == {"train.npy", "val.npy"}
 
 

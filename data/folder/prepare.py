@@ -7,28 +7,22 @@ Classes are shuffled by --seed and cut 64/16/20 percent, at least five a split. 
 pictures as the smallest has, the first by file name.
 """
 
-import argparse
-import json
-import os
 import random
-import signal
 import sys
-import tempfile
-from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from common import Parser, SourceError, folder_beside, plain, program, user_path  # noqa: E402
+from common import write_all, write_array  # noqa: E402
 
 SHARES = {"val": 0.16, "test": 0.2}  # of the classes; the rest trains
 WAY = 5  # classes that an episode needs
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
-class SourceError(Exception):
-    """A folder that cannot be used: the message names what was found and what was expected."""
 
 
 def find_classes(source):
@@ -47,41 +41,6 @@ def find_classes(source):
         found = f"{len(classes)} class folders found"
         raise SourceError(f"{source}: {found}, at least {3 * WAY} expected, {WAY} for each of three splits")
     return classes
-
-
-# EXIF's orientation -> what turns the picture upright
-UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
-
-
-def plain(image):
-    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
-
-    Raises ValueError where the mode's range does not hold the values.
-    """
-    image.load()
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
-        turn = None
-    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
-        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
-        low, high = values.min(), values.max()
-        if not (low >= 0 and high <= top) or (top > 1 and low < high <= 255):  # 255: likely of 8 bits
-            found = f"mode {image.mode} with values from {low:g} to {high:g}"
-            raise ValueError(f"{found}, 0 to {top:g} expected")
-        if isinstance(image.info.get("transparency"), int):
-            values[values == image.info["transparency"]] = top
-        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
-    elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
-        image = image.convert("RGBA")
-        grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
-        flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
-        seen, other, meant = (max(high - low for low, high in of.getextrema()[:3]) for of in (*flats, image))
-        if max(seen, other) < 32 <= meant:
-            raise ValueError("too transparent to be seen, an opaque picture expected")
-        image = flats[seen < 32 <= other]
-    return image if turn is None else image.transpose(turn)
 
 
 def read(path, size):
@@ -112,15 +71,6 @@ def find_ground(borders):
         found = f"{light.sum()} of {light.size} pictures have a light border"
         raise SourceError(f"{found}, one ground for all expected: say which by --ground, or use --for simclr")
     return "light" if light.mean() > 0.5 else "dark"
-
-
-def write_array(path, shape, parts):
-    """Write an array of bytes as np.save would, part by part: all may not fit the memory."""
-    with open(path, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(part.tobytes())
 
 
 def check_apart(sums):
@@ -190,66 +140,8 @@ def prepare(source, size, seed, ground, folder):
     return files, split, notes
 
 
-def write_all(out, files, description, facts):
-    """Write all beside its place first, then rename; the description goes first and comes last."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
-        for name, array in files.items():
-            place = f"{folder}/{name}.npy"
-            os.replace(array, place) if isinstance(array, Path) else np.save(place, array)
-        Path(folder, description).write_text(json.dumps(facts, indent=1) + "\n")
-        Path(out, description).unlink(missing_ok=True)
-        for name in [*(f"{name}.npy" for name in files), description]:
-            os.replace(f"{folder}/{name}", out / name)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says an error in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def lenient(method):
-    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
-
-    def call(*args):
-        with suppress(OSError):
-            return method(*args)
-
-    return call
-
-
-def print_anywhere():
-    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="replace")
-        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
-        setattr(sys, name, stream)
-
-
-def user_path(text):
-    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
-    return Path(os.path.expanduser(text))
-
-
-def in_words(error, out):
-    """Say what ended the program: a full disk and a want of memory by their names."""
-    if isinstance(error, MemoryError):
-        return f"not enough memory ({error})"
-    if not isinstance(error, OSError):
-        return error
-    # NumPy's error of a full disk has no number.
-    said = error.strerror or f"not written, room on the disk expected ({error})"
-    return f"{error.filename or out}: {said}"
-
-
-def main():
-    print_anywhere()
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    here = Path(__file__).resolve().parent
+def parse_args():
+    parser, here = Parser(__doc__), Path(__file__).resolve().parent
     parser.add_argument("--source", type=user_path, required=True, help="folder of class folders of pictures")
     parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--for", dest="experiment", choices=["omniglot", "simclr"], default="omniglot",
@@ -257,29 +149,26 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the split into classes (default: 0)")
     parser.add_argument("--ground", choices=["light", "dark"],
                         help="the pictures' ground, for omniglot (default: as their borders)")  # fmt: skip
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
-    try:
+    return parser.parse_args()
+
+
+def main():
+    with program():
+        args = parse_args()
         if not args.source.is_dir():
             raise SourceError(f"--source: {args.source} found, a folder of class folders expected")
         size, description = (28, "split.json") if args.experiment == "omniglot" else (84, "classes.json")
         facts = {"seed": args.seed, "rotations": [0], "rows": "class i is folder i"} if size == 28 else {}
-        there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
-        with tempfile.TemporaryDirectory(dir=there, prefix=".prepare-") as folder:
+        with folder_beside(args.out) as folder:
             files, split, notes = prepare(args.source, size, args.seed, args.ground, Path(folder))
             write_all(args.out, files, description, facts | split)
-    except (SourceError, OSError, MemoryError) as error:
-        print(f"prepare.py: error: {in_words(error, args.out)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    for line in notes:
-        print(line)
-    for name in split:
-        with open(args.out / f"{name}.npy", "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        print(f"{args.out / name}.npy  {shape} {dtype}  {len(split[name])} classes")
+        for line in notes:
+            print(line)
+        for name in split:
+            with open(args.out / f"{name}.npy", "rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            print(f"{args.out / name}.npy  {shape} {dtype}  {len(split[name])} classes")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ of its own, without Omniglot's rotations. The same seed gives the same bytes.
 """
 
 import argparse
-import json
-import os
-import signal
 import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from common import Parser, program, user_path, write_all  # noqa: E402
 
 SPLITS = {"train": 300, "val": 60, "test": 100}  # characters
 DRAWINGS, SIZE = 20, 28
@@ -86,15 +84,6 @@ def render(points, radius):
     return np.rint(255 * np.clip(radius[:, None, None] + 0.5 - distance, 0, 1)).astype(np.uint8)
 
 
-def write_array(path, shape, parts):
-    """Write an array of bytes as np.save would, part by part: all may not fit the memory."""
-    with open(path, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(part.tobytes())
-
-
 def characters(split, count, seed, bar):
     """Yield the drawings of each character of a split: uint8 (20, 28, 28, 1).
 
@@ -105,28 +94,6 @@ def characters(split, count, seed, bar):
         points = draw(invent(rng), rng)
         bar.update()
         yield render(points, rng.uniform(0.5, 0.9, DRAWINGS))
-
-
-def write_all(out, counts, seed):
-    """Write {split: number of characters}, all or none: beside their place first, then renamed."""
-    out.mkdir(parents=True, exist_ok=True)
-    facts = {"seed": seed, "rotations": [0], "rows": "class i is character i"}
-    facts |= {name: [f"{name}{i:04d}" for i in range(count)] for name, count in counts.items()}
-    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
-        with tqdm(total=sum(counts.values()), desc="characters", unit="char") as bar:
-            for s, (name, count) in enumerate(counts.items()):
-                shape = (count, DRAWINGS, SIZE, SIZE, 1)
-                write_array(f"{folder}/{name}.npy", shape, characters(s, count, seed, bar))
-        Path(folder, "split.json").write_text(json.dumps(facts, indent=1) + "\n")
-        for name in [*(f"{name}.npy" for name in counts), "split.json"]:
-            os.replace(f"{folder}/{name}", out / name)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says an error in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def whole(low, high):
@@ -140,62 +107,30 @@ def whole(low, high):
     return parse
 
 
-def lenient(method):
-    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
-
-    def call(*args):
-        with suppress(OSError):
-            return method(*args)
-
-    return call
-
-
-def print_anywhere():
-    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="replace")
-        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
-        setattr(sys, name, stream)
-
-
-def user_path(text):
-    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
-    return Path(os.path.expanduser(text))
-
-
-def in_words(error, out):
-    """Say what ended the program: a full disk and a want of memory by their names."""
-    if isinstance(error, MemoryError):
-        return f"not enough memory ({error})"
-    if not isinstance(error, OSError):
-        return error
-    # NumPy's error of a full disk has no number.
-    said = error.strerror or f"not written, room on the disk expected ({error})"
-    return f"{error.filename or out}: {said}"
-
-
-def main():
-    print_anywhere()
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    here = Path(__file__).resolve().parent
+def parse_args():
+    parser, here = Parser(__doc__), Path(__file__).resolve().parent
     parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of all that is drawn (default: 0)")
     for name, count in SPLITS.items():
         parser.add_argument(f"--{name}", type=whole(1, 100000), default=count,
                             help=f"characters in {name}.npy (default: {count})")  # fmt: skip
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
-    try:
-        write_all(args.out, {name: getattr(args, name) for name in SPLITS}, args.seed)
-    except (OSError, MemoryError) as error:
-        print(f"prepare.py: error: {in_words(error, args.out)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    for name in SPLITS:
-        print(f"{args.out / name}.npy  {(getattr(args, name), DRAWINGS, SIZE, SIZE, 1)} uint8")
+    return parser.parse_args()
+
+
+def main():
+    with program():
+        args = parse_args()
+        counts = {name: getattr(args, name) for name in SPLITS}
+        facts = {"seed": args.seed, "rotations": [0], "rows": "class i is character i"}
+        facts |= {name: [f"{name}{i:04d}" for i in range(count)] for name, count in counts.items()}
+        with tqdm(total=sum(counts.values()), desc="characters", unit="char") as bar:
+            files = {
+                name: ((count, DRAWINGS, SIZE, SIZE, 1), characters(s, count, args.seed, bar))
+                for s, (name, count) in enumerate(counts.items())
+            }
+            write_all(args.out, files, "split.json", facts)
+        for name, (shape, _) in files.items():
+            print(f"{args.out / name}.npy  {shape} uint8")
 
 
 if __name__ == "__main__":

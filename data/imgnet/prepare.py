@@ -7,36 +7,30 @@ for Mini-ImageNet; classes are contiguous, in the CSV's order of first appearanc
 layout works too, as long as all its classes have the same number of images.
 """
 
-import argparse
 import csv
 import io
 import json
-import os
 import re
 import signal
 import sys
-import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from layout import DAMAGE, check_places, checksum, find_images, load, place_images
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from common import Parser, SourceError, folder_beside, plain, program, user_path, write_all  # noqa: E402
 
 SPLITS = {"train": 38400, "val": 9600, "test": 12000}  # Mini-ImageNet's own counts
 CLASSES = {"train": 64, "val": 16, "test": 20}
 SIZE = 84
 AT_ONCE = 4096  # images that wait to be written
-
-
-class SourceError(Exception):
-    """A source that cannot be used: the message names every problem found, with its count."""
 
 
 def read_csv(path):
@@ -101,41 +95,6 @@ def check_counts(rows):
                 found = f"{split}.csv: {len(rows[split])} images found"
                 problems.append(f"{found}, Mini-ImageNet's {expected} expected")
     return problems
-
-
-# EXIF's orientation -> what turns the picture upright
-UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
-
-
-def plain(image):
-    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
-
-    Raises ValueError where the mode's range does not hold the values.
-    """
-    image.load()
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
-        turn = None
-    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
-        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
-        low, high = values.min(), values.max()
-        if not (low >= 0 and high <= top) or (top > 1 and low < high <= 255):  # 255: likely of 8 bits
-            found = f"mode {image.mode} with values from {low:g} to {high:g}"
-            raise ValueError(f"{found}, 0 to {top:g} expected")
-        if isinstance(image.info.get("transparency"), int):
-            values[values == image.info["transparency"]] = top
-        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
-    elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
-        image = image.convert("RGBA")
-        grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
-        flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
-        seen, other, meant = (max(high - low for low, high in of.getextrema()[:3]) for of in (*flats, image))
-        if max(seen, other) < 32 <= meant:
-            raise ValueError("too transparent to be seen, an opaque picture expected")
-        image = flats[seen < 32 <= other]
-    return image if turn is None else image.transpose(turn)
 
 
 def decode(place):
@@ -247,75 +206,20 @@ def prepare(rows, classes, places, problems, folder):
     return files
 
 
-def write_all(out, files, facts):
-    """Write all beside its place first, then rename; classes.json goes first and comes last."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
-        for name, array in files.items():
-            place = f"{folder}/{name}.npy"
-            os.replace(array, place) if isinstance(array, Path) else np.save(place, array)
-        Path(folder, "classes.json").write_text(json.dumps(facts, indent=1) + "\n")
-        Path(out, "classes.json").unlink(missing_ok=True)
-        for name in [*(f"{name}.npy" for name in files), "classes.json"]:
-            os.replace(f"{folder}/{name}", out / name)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says an error in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def lenient(method):
-    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
-
-    def call(*args):
-        with suppress(OSError):
-            return method(*args)
-
-    return call
-
-
-def print_anywhere():
-    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="replace")
-        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
-        setattr(sys, name, stream)
-
-
-def user_path(text):
-    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
-    return Path(os.path.expanduser(text))
-
-
-def in_words(error, out):
-    """Say what ended the program: a full disk and a want of memory by their names."""
-    if isinstance(error, MemoryError):
-        return f"not enough memory ({error})"
-    if not isinstance(error, OSError):
-        return error
-    # NumPy's error of a full disk has no number.
-    said = error.strerror or f"not written, room on the disk expected ({error})"
-    return f"{error.filename or out}: {said}"
-
-
-def main():
-    print_anywhere()
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    here = Path(__file__).resolve().parent
+def parse_args():
+    parser, here = Parser(__doc__), Path(__file__).resolve().parent
     parser.add_argument("--source", type=user_path, required=True,
                         help="folder with the three CSVs and images/ or zips of it")  # fmt: skip
     parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
     parser.add_argument("--if-changed", choices=["again", "fail"],
                         help="keep the arrays in --out if of this source; if not, so do; "
                         "fail also keeps arrays beside the source that do not say")  # fmt: skip
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
-    try:
+    return parser.parse_args()
+
+
+def main():
+    with program():
+        args = parse_args()
         if not args.source.is_dir():
             expected = "a folder with the three CSVs and images/ or zips of it expected"
             raise SourceError(f"--source: {args.source} found, {expected}")
@@ -327,18 +231,13 @@ def main():
             print(f"{args.out}: arrays kept, not compared with the images beside them")
             return
         if not kept:
-            there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
-            with tempfile.TemporaryDirectory(dir=there, prefix=".prepare-") as folder:
-                write_all(args.out, prepare(rows, classes, places, problems, Path(folder)), facts)
-    except (SourceError, BrokenProcessPool, OSError, MemoryError) as error:
-        print(f"prepare.py: error: {in_words(error, args.out)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    for split in SPLITS:
-        labels = np.load(args.out / f"{split}_labels.npy")
-        classes = f"{labels[-1] + 1} classes of {len(labels) // (labels[-1] + 1)} images"
-        print(f"{args.out / split}.npy  {(len(labels), SIZE, SIZE, 3)} uint8  {classes}")
+            with folder_beside(args.out) as folder:
+                files = prepare(rows, classes, places, problems, Path(folder))
+                write_all(args.out, files, "classes.json", facts)
+        for split in SPLITS:
+            labels = np.load(args.out / f"{split}_labels.npy")
+            classes = f"{labels[-1] + 1} classes of {len(labels) // (labels[-1] + 1)} images"
+            print(f"{args.out / split}.npy  {(len(labels), SIZE, SIZE, 3)} uint8  {classes}")
 
 
 if __name__ == "__main__":

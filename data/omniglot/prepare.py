@@ -7,30 +7,24 @@
 classes of one split. Arrays are (4800|400|1292, 20, 28, 28, 1) uint8, ink high.
 """
 
-import argparse
 import io
-import json
 import os
 import random
-import signal
 import sys
-import tempfile
 import zipfile
-from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from common import Parser, SourceError, plain, program, user_path, write_all  # noqa: E402
 
 ARCHIVES = {"images_background": 964, "images_evaluation": 659}  # characters in each
 DRAWINGS, ROTATIONS = 20, (0, 90, 180, 270)
 SPLITS = {"train": 1200, "val": 100, "test": 323}  # characters
-
-
-class SourceError(Exception):
-    """Archives that cannot be used: the message names what was found and what was expected."""
 
 
 def download(folder):
@@ -99,41 +93,6 @@ def open_archive(source, name):
     return characters
 
 
-# EXIF's orientation -> what turns the picture upright
-UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
-
-
-def plain(image):
-    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
-
-    Raises ValueError where the mode's range does not hold the values.
-    """
-    image.load()
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
-        turn = None
-    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
-        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
-        low, high = values.min(), values.max()
-        if not (low >= 0 and high <= top) or (top > 1 and low < high <= 255):  # 255: likely of 8 bits
-            found = f"mode {image.mode} with values from {low:g} to {high:g}"
-            raise ValueError(f"{found}, 0 to {top:g} expected")
-        if isinstance(image.info.get("transparency"), int):
-            values[values == image.info["transparency"]] = top
-        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
-    elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
-        image = image.convert("RGBA")
-        grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
-        flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
-        seen, other, meant = (max(high - low for low, high in of.getextrema()[:3]) for of in (*flats, image))
-        if max(seen, other) < 32 <= meant:
-            raise ValueError("too transparent to be seen, an opaque picture expected")
-        image = flats[seen < 32 <= other]
-    return image if turn is None else image.transpose(turn)
-
-
 def read_drawing(png, name):
     """One 1-bit PNG -> (28, 28) uint8, ink 255 on 0.
 
@@ -181,84 +140,25 @@ def prepare(source):
     return arrays, split
 
 
-def write_all(out, arrays, split):
-    """All files or none: everything is written beside its place first, then renamed."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
-        for name, array in arrays.items():
-            np.save(f"{folder}/{name}.npy", array)
-        rows = "class 4 i + r is character i rotated by rotations[r]"
-        facts = {"rotations": ROTATIONS, "rows": rows, **split}
-        Path(folder, "split.json").write_text(json.dumps(facts, indent=1) + "\n")
-        for name in [*(f"{name}.npy" for name in arrays), "split.json"]:
-            os.replace(f"{folder}/{name}", out / name)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says an error in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def lenient(method):
-    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
-
-    def call(*args):
-        with suppress(OSError):
-            return method(*args)
-
-    return call
-
-
-def print_anywhere():
-    """Have output that is closed, that nobody reads, or in an encoding without some sign, end nothing."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="replace")
-        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
-        setattr(sys, name, stream)
-
-
-def user_path(text):
-    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
-    return Path(os.path.expanduser(text))
-
-
-def in_words(error, out):
-    """Say what ended the program: a full disk and a want of memory by their names."""
-    if isinstance(error, MemoryError):
-        return f"not enough memory ({error})"
-    if not isinstance(error, OSError):
-        return error
-    # NumPy's error of a full disk has no number.
-    said = error.strerror or f"not written, room on the disk expected ({error})"
-    return f"{error.filename or out}: {said}"
-
-
-def main():
-    print_anywhere()
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    here = Path(__file__).resolve().parent
+def parse_args():
+    parser, here = Parser(__doc__), Path(__file__).resolve().parent
     parser.add_argument("--source", type=user_path,
                         help="folder with the two archives or their folders (default: download)")  # fmt: skip
     parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
-    try:
+    return parser.parse_args()
+
+
+def main():
+    with program():
+        args = parse_args()
         if args.source is None:
-            args.source = here / "archives"
+            args.source = Path(__file__).resolve().parent / "archives"
             download(args.source)
         arrays, split = prepare(args.source)
-        write_all(args.out, arrays, split)
-    except (SourceError, OSError, MemoryError) as error:
-        print(f"prepare.py: error: {in_words(error, args.out)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    for name, array in arrays.items():
-        print(f"{args.out / name}.npy  {array.shape} {array.dtype}")
+        facts = {"rotations": ROTATIONS, "rows": "class 4 i + r is character i rotated by rotations[r]"}
+        write_all(args.out, arrays, "split.json", facts | split)
+        for name, array in arrays.items():
+            print(f"{args.out / name}.npy  {array.shape} {array.dtype}")
 
 
 if __name__ == "__main__":

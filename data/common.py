@@ -1,0 +1,153 @@
+"""What every prepare.py shares: pictures of any kind, files written whole, errors in one line."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+# EXIF's orientation -> what turns the picture upright
+UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
+
+
+class SourceError(Exception):
+    """A source that cannot be used: the message names what was found and what was expected."""
+
+
+def plain(image):
+    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
+
+    Raises ValueError where the mode's range does not hold the values.
+    """
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
+        turn = None
+    if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
+        values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= top) or (top > 1 and low < high <= 255):  # 255: likely of 8 bits
+            found = f"mode {image.mode} with values from {low:g} to {high:g}"
+            raise ValueError(f"{found}, 0 to {top:g} expected")
+        if isinstance(image.info.get("transparency"), int):
+            values[values == image.info["transparency"]] = top
+        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    elif image.has_transparency_data:
+        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
+        image = image.convert("RGBA")
+        grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
+        flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
+        seen, other, meant = (max(high - low for low, high in of.getextrema()[:3]) for of in (*flats, image))
+        if max(seen, other) < 32 <= meant:
+            raise ValueError("too transparent to be seen, an opaque picture expected")
+        image = flats[seen < 32 <= other]
+    return image if turn is None else image.transpose(turn)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_array(path, shape, parts):
+    """Write an array of bytes as np.save would, part by part: all may not fit the memory."""
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(part.tobytes())
+
+
+def write_all(out, files, description, facts):
+    """Write {name: array} as .npy and facts as JSON, all or nothing: beside their place first, then renamed.
+
+    In place of an array: a path that it lies at, or (shape, parts) of bytes too many for the memory. The
+    description goes before the arrays change and comes after them.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
+        for name, array in files.items():
+            place = f"{folder}/{name}.npy"
+            if isinstance(array, Path):
+                os.replace(array, place)
+            elif isinstance(array, tuple):
+                write_array(place, *array)
+            else:
+                np.save(place, array)
+        Path(folder, description).write_text(json.dumps(facts, indent=1) + "\n")
+        Path(out, description).unlink(missing_ok=True)
+        for name in [*(f"{name}.npy" for name in files), description]:
+            os.replace(f"{folder}/{name}", out / name)
+
+
+def folder_beside(out):
+    """Make a folder for a while, on the disk that `out` is or will be on."""
+    there = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    return tempfile.TemporaryDirectory(dir=there, prefix=".prepare-")
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse flags; say an error in one line."""
+
+    def __init__(self, description):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def user_path(text):
+    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    return Path(os.path.expanduser(text))
+
+
+def lenient(method):
+    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
+
+    def call(*args):
+        with suppress(OSError):
+            return method(*args)
+
+    return call
+
+
+@contextmanager
+def program():
+    """Set up the process; end it in one line, with status 2, for what the user can put right.
+
+    Output that is closed, that nobody reads, or in an encoding without some sign, ends nothing.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")
+        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
+        setattr(sys, name, stream)
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
+    try:
+        yield
+    except (SourceError, BrokenProcessPool, OSError, MemoryError) as error:
+        print(f"prepare.py: error: {in_words(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def in_words(error):
+    """Say what ended the program: a full disk and a want of memory by their names."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error})"
+    if not isinstance(error, OSError):
+        return error
+    # NumPy's error of a full disk has neither a file nor a number.
+    said = error.strerror or f"not written, room on the disk expected ({error})"
+    return f"{error.filename or '--out'}: {said}"
