@@ -12,19 +12,31 @@ import statistics
 import sys
 from pathlib import Path
 
-from ablations import BASE, OUT, TEST, TRAIN, name_of, other_ways, read_json, read_lines, tested
+from ablations import BASE, OURS, OUT, TEST, TRAIN, name_of, other_ways, read_json, read_lines, tested
 
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
-HEADLINES = {  # in README.md
-    "omniglot/published-5way", "omniglot/quick", "omniglot/canonical",
+HEADLINES = (  # in README.md
+    "omniglot/published-5way", "omniglot/canonical", "omniglot/quick",
     "mimgnet/prototypical-512",
-}  # fmt: skip
+)  # fmt: skip
 
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
 PUBLISHED = {  # accuracies in % of the paper's table (ICLR 2021)
     "omniglot": {"5way1shot": 94.92, "5way5shot": 97.09, "20way1shot": 82.21, "20way5shot": 90.61},
     "mimgnet": {"5way1shot": 42.82, "5way5shot": 55.73, "5way20shot": 63.14, "5way50shot": 68.26},
+}
+OTHERS = {  # published without labels; the best one, the last, stands in README.md too
+    "omniglot": {
+        "PsCo (2023)": (96.37, 99.13, 89.60, 97.07),
+        "UFLST (2020)": (97.03, 99.19, 91.28, 97.37),
+        "best without labels: LF2CS (2022)": (97.31, 99.32, 91.72, 97.65),
+    },
+    "mimgnet": {
+        "SimCLR and nearest prototype, Conv4 (2022)": (40.91, 57.22, 65.74, 67.83),
+        "PsCo, Conv5 (2023)": (46.70, 63.26, 72.22, 73.50),
+        "best without labels: CPNWCP, Conv4 (2022)": (47.93, 66.44, 75.69, 78.20),
+    },
 }
 RECIPE = {  # the published one, but for its length: the defaults of main.py
     "unsupervised_em_iters": 10, "em_start": "samples", "fix_pi": False, "no_set_attention": False,
@@ -190,12 +202,15 @@ def rows(experiment, runs, detail=True):
 
 def table(names=None):
     """Make a table for each data set: the paper's cells, and our runs of them or those of `names`."""
-    runs = {name: seeds for name, seeds in read_runs().items() if names is None or name in names}
+    runs = read_runs()
+    runs = runs if names is None else {name: runs[name] for name in names}
     parts = []
     for experiment, title in NAMES.items():
         paper = PUBLISHED[experiment]
         header = [f"{title}, accuracy in %", "queries", *map(readable, paper), "run"]
         lines = [["the paper", "together", *(f"{accuracy:.2f}" for accuracy in paper.values()), ""]]
+        others = [[name, "alone", *(f"{cell:.2f}" for cell in of), ""] for name, of in OTHERS[experiment].items()]
+        lines += others if names is None else others[-1:]
         for how, scores, run in rows(experiment, runs, detail=names is None):
             queries = "alone" if how.startswith("baseline") and "EM" not in how else "together"
             lines.append([how, queries, *(scores.get(cell, "") for cell in paper), run])
@@ -254,6 +269,30 @@ def train_ablations():
         parts.append(grid(header, lines))
     used = ", ".join(f"`{name}` {count}" for name, (count, _) in active.items() if "/" in name)
     return "\n\n".join([*parts, f"Dimensions used by the runs of `../README.md`: {used}"])
+
+
+def our_ablations():
+    """Compare trainings of our recipe with one thing changed, in three seeds, by the same test episodes.
+
+    An interval is of the difference, episode by episode, of the means over the seeds.
+    """
+    cells, base, lines = ("5way1shot", "5way5shot"), {}, []
+    folders = {"": RESULTS / "omniglot/quick", **{name: OUT / "ours" / name for name in OURS}}
+    for name, folder in folders.items():
+        tests = [read_json(path) for path in sorted(folder.glob("seed*/test.json"))]
+        line = [f"`{name}`" if name else "nothing"]
+        for cell in cells if len(tests) == 3 else ():
+            episodes = [statistics.fmean(of) for of in zip(*(test[cell]["accuracies"] for test in tests))]
+            each = ", ".join(f"{test[cell]['accuracy']:.2f}" for test in tests)
+            line.append(f"{statistics.fmean(episodes):.2f} ({each})")
+            if not name:
+                base[cell] = episodes
+            differences = [ours - before for ours, before in zip(episodes, base[cell])]
+            ci95 = 1.96 * statistics.pstdev(differences) / len(differences) ** 0.5
+            line.append(f"{statistics.fmean(differences):+.2f} ± {ci95:.2f}" if name else "")
+        lines.append(line if line[1:] else [*line, "not run"])
+    header = ["changed", *(text for cell in cells for text in (readable(cell), "difference"))]
+    return f"Every training of `@recipes/quick.txt`, test accuracy in %:\n\n{grid(header, lines)}"
 
 
 def recipe_table():
@@ -361,11 +400,12 @@ def filled(text, tables):
 
 def main():
     check, stale = "--check" in sys.argv, []
+    ablations = our_ablations, test_ablations, train_ablations
     readmes = {
         "README.md": {"demo": demo(), "results": table(HEADLINES)},
         "results/README.md": {"results": f"{table()}\n\n{ways_table()}".replace("](results/", "](")},
         "results/recipe/README.md": {"results": recipe_table()},
-        "results/ablations/README.md": {"results": f"{test_ablations()}\n\n{train_ablations()}"},
+        "results/ablations/README.md": {"results": "\n\n".join(part() for part in ablations)},
         "results/bench/README.md": {"results": speed_tables()},
     }
     for name, tables in readmes.items():
