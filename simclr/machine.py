@@ -203,15 +203,13 @@ def choose_device(name, compiling=False):
         tried = torch.ones(2, device=name)
         tried.sum().item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device: {name} found, a device of this machine expected ({in_short(error)})"
-        ) from None
+        expected = f"a device of this machine expected ({in_short(error)})"
+        raise UserError(f"--device: {name} found, {expected}") from None
     try:
-        torch.compile(torch.Tensor.square, disable=not compiling)(tried)
+        compiling and torch.compile(torch.Tensor.square)(tried)  # to import it alone takes a second
     except RuntimeError as error:
-        raise UserError(
-            f"--compile: {in_short(error)} found, a C++ compiler (a GPU: Triton) expected"
-        ) from None
+        expected = "a C++ compiler (a GPU: Triton) expected"
+        raise UserError(f"--compile: {in_short(error)} found, {expected}") from None
     return tried.device
 
 

@@ -1,10 +1,13 @@
-"""What the tests share: modules of the self-contained folders, their programs as a user runs them, a tiny
-data set."""
+"""What the tests share: modules of the folders, their programs as a user runs them, a tiny data set."""
 
+import functools
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
@@ -19,18 +22,31 @@ needs_shared_data = pytest.mark.skipif(
 torch.set_num_threads(1)  # two test processes share the cores; threads beyond the cores mostly wait
 
 
+@functools.cache
+def starter():
+    """The process that forks for `run`, in one thread, for threads do not survive a fork."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name("started.py")]
+    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def run(folder, *args, script="main.py", timeout=400, env=None):
-    """`python <script> <args>` in a folder, as a user runs it: CompletedProcess, stdout and stderr as
-    text."""
-    command = [sys.executable, script, *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(
-        command, cwd=ROOT / folder, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    """Run `python <script> <args>` in a folder as a user does: CompletedProcess, with stdout and stderr."""
+    args = [*map(str, args)]
+    if env or sys.platform != "linux":  # elsewhere a fork is not safe
+        command, env = [sys.executable, script, *args], {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        pipes = {"capture_output": True, "text": True, "timeout": timeout}
+        return subprocess.run(command, cwd=ROOT / folder, env=env, **pipes)
+    with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as err:
+        asked = {"folder": str(ROOT / folder), "script": script, "args": args}
+        asked |= {"out": out.name, "err": err.name, "timeout": timeout}
+        print(json.dumps(asked), file=starter().stdin, flush=True)
+        status = int(starter().stdout.readline())
+        return subprocess.CompletedProcess(args, status, out.read(), err.read())
 
 
 def fails(result, *words):
-    """Asserts that a program ended as for a user's mistake: status 2 and one line that has all `words`.
+    """Assert that a program ended as for a user's mistake: status 2 and one line that has all `words`.
 
     Progress bars may stand before the line, but not on it.
     """
@@ -44,20 +60,17 @@ def fails(result, *words):
 
 @pytest.fixture(scope="session")
 def glyphs_dir(tmp_path_factory):
-    """A folder with a tiny glyph data set: train, val and test of 60, 25 and 25 classes with 20 drawings
-    each."""
+    """A folder with a tiny glyph data set: train, val and test of 60, 25 and 25 classes of 20 drawings."""
     folder = tmp_path_factory.mktemp("glyphs")
-    result = run(
-        "data/glyphs", "--out", folder, "--train", 60, "--val", 25, "--test", 25, script="prepare.py"
-    )
+    sizes = "--train", 60, "--val", 25, "--test", 25
+    result = run("data/glyphs", "--out", folder, *sizes, script="prepare.py")
     assert result.returncode == 0, result.stderr
     return folder
 
 
 @pytest.fixture(scope="session")
 def omniglot_dir(tmp_path_factory):
-    """A folder with the real Omniglot as data/omniglot/prepare.py writes it; for tests marked
-    `needs_shared_data`."""
+    """A folder with the real Omniglot, prepared; for tests marked `needs_shared_data`."""
     folder = tmp_path_factory.mktemp("omniglot")
     result = run("data/omniglot", "--source", shared_data / "omniglot", "--out", folder, script="prepare.py")
     assert result.returncode == 0, result.stderr

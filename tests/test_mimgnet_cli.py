@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-import conftest
-from conftest import ROOT, fails, load
+from conftest import ROOT, fails, load, run
 from test_mimgnet import clusters
 
 main, model, dataloader = (load("mimgnet", name) for name in ("main", "model", "dataloader"))
@@ -37,10 +36,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def run(folder, *args):
-    return conftest.run(folder, *args, env=ONE_THREAD)
 
 
 def save_features(folder, width=32, per_class=20):

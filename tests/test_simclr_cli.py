@@ -17,8 +17,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-import conftest
-from conftest import ROOT, fails, load, needs_shared_data, shared_data
+from conftest import ROOT, fails, load, needs_shared_data, run, shared_data
 from test_imgnet import make_source
 
 data, model = load("simclr", "dataloader"), load("simclr", "model")
@@ -32,10 +31,6 @@ TINY_FEATURES = {
     "loss": "nt-xent", "views": 2, "crop_scale": 0.08, "jitter": 0.8, "hue": 0.2,
     "feature_size": 84, "images_per_class": {"train": 6, "val": 6, "test": 6},
 }  # fmt: skip
-
-
-def run(folder, *args, **options):
-    return conftest.run(folder, *args, env=ONE_THREAD, **options)
 
 
 # --- the program ----------------------------------------------------------------------------------
