@@ -208,7 +208,7 @@ def load_splits(args, described):
 
 
 def draw_sets(images, sets, sample_size, generator):
-    """One training batch: `sets` disjoint sets of distinct unlabeled images.
+    """Draw a training batch: `sets` disjoint sets of distinct unlabeled images.
 
     images (N, width) -> (sets, sample_size, width).
     """
@@ -217,7 +217,7 @@ def draw_sets(images, sets, sample_size, generator):
 
 
 def draw_episodes(images, way, shot, query, count, seed):
-    """Indices of few-shot episodes into images.flatten(0, 1): (count, way, shot + query), support first.
+    """Draw few-shot episodes, indices into images.flatten(0, 1): (count, way, shot + query), support first.
 
     Drawn on the CPU from `seed` alone, so that every validation, run and machine sees the same episodes.
     """

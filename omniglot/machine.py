@@ -101,7 +101,7 @@ def keep_memory():
 
 @contextmanager
 def catch_stop():
-    """Within it, a list receives the first SIGINT or SIGTERM; a second one ends the program at once.
+    """Yield a list that receives the first SIGINT or SIGTERM; a second one ends the program at once.
 
     Not one of several that torchrun started: it may get a signal from there and from elsewhere.
     """

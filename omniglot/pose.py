@@ -91,18 +91,18 @@ def warp(x, strength, generator=None):
 
 
 def _centres(count, device):
-    """The coordinates of `count` pixel centres in [-1, 1]."""
+    """Return the coordinates of `count` pixel centres in [-1, 1]."""
     return (2 * torch.arange(count, device=device, dtype=torch.float32) + 1) / count - 1
 
 
 def _bicubic(count, device):
-    """The matrix (count, 5) that draws `count` points through 5, as F.interpolate with aligned corners."""
+    """Return the matrix (count, 5) that draws `count` points through 5, as F.interpolate does."""
     identity = torch.eye(5, device=device)[None, None]
     return F.interpolate(identity, (count, 5), mode="bicubic", align_corners=True)[0, 0]
 
 
 def _grid(x, matrix, shift):
-    """The points A u + s for the pixels u of x (..., H, W, 1): (..., H, W, 2), a row plus a column."""
+    """Return the points A u + s for the pixels u of x (..., H, W, 1): (..., H, W, 2), a row plus a column."""
     height, width = x.shape[-3:-1]
     across = _centres(width, x.device)[:, None] * matrix[..., None, :, 0]  # (..., W, 2)
     down = _centres(height, x.device)[:, None] * matrix[..., None, :, 1] + shift.unsqueeze(-2)  # (..., H, 2)
@@ -110,7 +110,7 @@ def _grid(x, matrix, shift):
 
 
 def _sample(x, grid):
-    """The images x (..., H, W, 1) at the points grid (..., H, W, 2)."""
+    """Sample the images x (..., H, W, 1) at the points grid (..., H, W, 2)."""
     images = x.float().reshape(-1, 1, *x.shape[-3:-1])
     points = grid.reshape(-1, *grid.shape[-3:])
     return F.grid_sample(images, points, padding_mode="zeros", align_corners=False).view(x.shape)

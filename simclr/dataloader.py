@@ -38,8 +38,7 @@ def read_array(path):
 
 
 def load_split(data_dir, split):
-    """One split, `<split>.npy` with `<split>_labels.npy`: a uint8 tensor (classes, images of a class, 84, 84,
-    3).
+    """Load a split, `<split>.npy` with its labels: a uint8 tensor (classes, images of a class, 84, 84, 3).
 
     Raises UserError for a missing or damaged file, a wrong shape or dtype, blank or faint images, labels that
     are not one integer an image, and classes that do not lie together or differ in size.
@@ -82,7 +81,7 @@ def load_split(data_dir, split):
 
 
 def check_episodes(data_dir, split, images, ways, shots, query):
-    """Raises UserError unless the split has the classes and images that the episodes need."""
+    """Check that a split has the classes and images that its episodes need. Raises UserError."""
     path = Path(data_dir) / f"{split}.npy"
     classes, members = images.shape[:2]
     if classes < max(ways):
@@ -112,7 +111,7 @@ def check_apart(data_dir, splits):
 
 
 def draw_episodes(features, way, shot, query, count, seed):
-    """Indices of few-shot episodes into features.flatten(0, 1): (count, way, shot + query), support first.
+    """Draw few-shot episodes, indices into features.flatten(0, 1): (count, way, shot + query), support first.
 
     features (classes, images of a class, width). Drawn on the CPU from `seed` alone, so that every
     validation, run and machine sees the same episodes.
@@ -141,7 +140,7 @@ def uniform(shape, low, high, generator):
 
 
 def draw_crops(count, generator, crop_scale=SCALE[0]):
-    """Boxes of a random resized crop in whole pixels, left, top, width, height: (count, 4), float32.
+    """Draw boxes of a random resized crop in whole pixels, left, top, width, height: (count, 4), float32.
 
     As torchvision's RandomResizedCrop: area (of the image's, from crop_scale) and log ratio uniform, up to
     ten tries, then the whole image.
@@ -159,7 +158,7 @@ def draw_crops(count, generator, crop_scale=SCALE[0]):
 
 
 def draw_jitter(count, generator, strength=JITTER, hue=HUE):
-    """Colour jitter: factors of the four OPERATIONS and their order, each (count, 4), -1 in rows left alone.
+    """Draw colour jitter: factors of the four OPERATIONS and their order, (count, 4), -1 in rows left alone.
 
     As torchvision's ColorJitter: factors within `strength` of 1, none negative; hue within `hue` of 0.
     """
@@ -193,12 +192,12 @@ def crop(images, boxes, flip, size=SIZE):
 
 
 def blend(x, other, factor):
-    """other + factor (x - other), cut to [0, 1]."""
+    """Return other + factor (x - other), cut to [0, 1]."""
     return torch.lerp(other, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def greyscale(x):
-    """-> (N, 1, H, W)."""
+    """Return the luminance of RGB images: (N, 3, H, W) -> (N, 1, H, W)."""
     r, g, b = x.split(1, dim=1)
     return (GREY[0] * r).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])
 
@@ -216,7 +215,7 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, factor):
-    """Turns the hue of HSV by `factor` turns: with V = max, C = max - min and hue h in turns, a channel is
+    """Turn the hue of HSV by `factor` turns: with V = max, C = max - min and hue h in turns, a channel is
     V - C clamp(2 - 6 d, 0, 1), d the way around the circle from h to n / 6, n = 3, 5, 1 for R, G, B.
 
     Selects by masks of 0 and 1, goes around by rounding: on a CPU `where` and `%` take several times as
@@ -239,7 +238,7 @@ OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def send(x, device):
-    """A small tensor from the CPU to the device, without waiting for what runs there."""
+    """Send a small tensor from the CPU to the device, without waiting for what runs there."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
@@ -262,7 +261,7 @@ def jitter(x, factors, order):
 
 
 def normalise(x):
-    """RGB in [0, 1] -> as the encoder reads it."""
+    """Normalise RGB in [0, 1] as the encoder reads it."""
     mean, std = send(torch.tensor([MEAN, STD]), x.device).view(2, 3, 1, 1)
     return (x - mean).div_(std)
 
@@ -299,7 +298,7 @@ def make_views(images, boxes, flip, factors, order, grey, size=SIZE):
 
 
 def training_views(images, generator, size=SIZE, views=2, strength=STRENGTH):
-    """Normalised views of a batch, all first ones first: uint8 (N, 84, 84, 3) -> (views * N, 3, size, size).
+    """Make normalised views, all first ones first: uint8 (N, 84, 84, 3) -> (views * N, 3, size, size).
 
     SimCLR's views without blur (released code): random resized crop, flip, colour jitter, greyscale. Of
     several processes each has its share of the images, and draws for all of them.
@@ -315,7 +314,7 @@ def training_views(images, generator, size=SIZE, views=2, strength=STRENGTH):
 
 
 def plain_views(images, size=SIZE):
-    """Whole images, normalised, as features are made from: uint8 (N, 84, 84, 3) -> (N, 3, size, size)."""
+    """Normalise whole images, as features are made from: uint8 (N, 84, 84, 3) -> (N, 3, size, size)."""
     x = normalise(images.permute(0, 3, 1, 2).float() / 255)
     return x if size == SIZE else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 

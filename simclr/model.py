@@ -60,7 +60,7 @@ def projection_head(hidden_size=64):
 
 
 def nt_xent(z, temperature):
-    """Normalised-temperature cross-entropy of 2 N views, in nats a view (SimCLR, ICML 2020, equation 1).
+    """Return NT-Xent, the loss of 2 N views, in nats a view (SimCLR, ICML 2020, equation 1).
 
     z (2 N, width), float32: rows i and i + N are views of the same image. Of each view the other one is to be
     found among the 2 N - 1 others by cosine similarity / temperature.
@@ -71,7 +71,7 @@ def nt_xent(z, temperature):
 
 
 def prototypical(h, views, temperature):
-    """Cross-entropy of finding each view's image by one other view of every image, in nats a pair of views.
+    """Return the loss of finding each view's image by one other view of every image, in nats a pair.
 
     h (views * N, width), float32: rows i, i + N, i + 2 N, ... are views of the same image, each in turn the
     prototype for the others. For a query q and prototypes p_1, ..., p_N, one view of each image, the logits

@@ -24,7 +24,7 @@ KNOTS, POINTS = 6, 40  # of a stroke: where the hand may err, and where the pen 
 
 
 def invent(rng):
-    """A character: (strokes, KNOTS, 2) positions in the square [-1, 1], 2 to 4 strokes.
+    """Invent a character: (strokes, KNOTS, 2) positions in the square [-1, 1], 2 to 4 strokes.
 
     The pen sets out along an axis or a diagonal and turns at an almost constant rate, which gives lines,
     arcs, hooks and loops; most strokes touch an earlier one, as in most scripts.
@@ -48,7 +48,7 @@ def invent(rng):
 
 
 def curve(knots):
-    """Catmull-Rom curve through knots (..., KNOTS, 2) -> (..., POINTS, 2)."""
+    """Draw a Catmull-Rom curve through knots (..., KNOTS, 2) -> (..., POINTS, 2)."""
     ends = 2 * knots[..., :1, :] - knots[..., 1:2, :], 2 * knots[..., -1:, :] - knots[..., -2:-1, :]
     k = np.concatenate([ends[0], knots, ends[1]], -2)
     t = np.linspace(0, KNOTS - 1, POINTS)
@@ -97,7 +97,7 @@ def characters(split, count, seed, bar):
 
 
 def whole(low, high):
-    """An argparse type: an integer from `low` to `high`."""
+    """Make an argparse type: an integer from `low` to `high`."""
 
     def parse(text):
         if not (text.isdecimal() and low <= int(text) <= high):

@@ -96,7 +96,7 @@ def place_images(rows, found):
 
 
 def check_places(source, rows, places, found):
-    """Problems of what `place_images` gives: missing images, names of two files, files of two names."""
+    """List problems of what `place_images` gives: missing images, names of two files, files of two names."""
     problems, owner = [], {}
     names = sorted(key for key in found if isinstance(key, str))
     beside = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())

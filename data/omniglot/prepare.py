@@ -28,7 +28,7 @@ SPLITS = {"train": 1200, "val": 100, "test": 323}  # characters
 
 
 def download(folder):
-    """Both official archives into `folder`, checked against their published MD5 sums by torchvision."""
+    """Download both official archives into `folder`; torchvision checks their published MD5 sums."""
     from torchvision.datasets import Omniglot
     from torchvision.datasets.utils import download_url
 
@@ -49,7 +49,7 @@ def is_drawing(path):
 
 
 def open_archive(source, name):
-    """The PNGs of one archive: {'Alphabet/characterNN': [bytes of its 20 drawings, in order of file name]}.
+    """Read the PNGs of an archive: {'Alphabet/characterNN': [bytes of its 20 drawings, by file name]}.
 
     Reads `name`.zip or the folder `name` in `source`; folders above the alphabets do not count.
     Raises SourceError if it is missing, damaged or incomplete.
@@ -94,7 +94,7 @@ def open_archive(source, name):
 
 
 def read_drawing(png, name):
-    """One 1-bit PNG -> (28, 28) uint8, ink 255 on 0.
+    """Read a drawing: one 1-bit PNG -> (28, 28) uint8, ink 255 on 0.
 
     The PNG is made 8-bit grey *before* resizing: Pillow resizes 1-bit images by nearest neighbour, which
     breaks strokes.
@@ -118,7 +118,7 @@ def read_drawing(png, name):
 
 
 def prepare(source):
-    """-> ({split: uint8 array (classes, 20, 28, 28, 1)}, {split: characters in order})."""
+    """Make the arrays: ({split: uint8 (classes, 20, 28, 28, 1)}, {split: characters in order})."""
     characters = {}
     for name in ARCHIVES:
         characters |= open_archive(source, name)
