@@ -244,44 +244,10 @@ def about(args, device):
     }
 
 
-def compare_precision(args, device):
-    """Train for a short time in both precisions by omniglot/main.py; return what the JSON file holds.
-
-    The same seeds give the same weights, sets, noise and episodes. With a low KL weight it learns within a
-    few hundred steps. `runs` is {seed: {precision: lines of metrics.jsonl}}, the losses those of one step.
-    """
-    steps, runs = args.compare_precision, {}
-    recipe = f"--train-mc-sample-size 1 --kl-warmup-iters {math.ceil(steps / 2)} --kl-weight 0.1"
-    recipe += f" --lr-schedule cosine --train-iters {steps} --freq-iters {math.ceil(steps / 10)}"
-    if args.tiny:
-        recipe += " --hidden-size 8 --latent-size 6 --batch-size 2 --sample-size 20"
-        recipe += " --eval-episodes 20 --test-mc-sample-size 4"
-    command = [sys.executable, "main.py", "--data-dir", str(args.data_dir.resolve()), "--device", str(device)]
-    for seed in range(args.repeat or 2):
-        for precision in ("fp32", "bf16"):
-            with tempfile.TemporaryDirectory() as folder:
-                flags = f"--seed {seed} --precision {precision} {recipe}".split()
-                call = [*command, "--save-dir", folder, *flags]
-                done = subprocess.run(call, cwd=ROOT / "omniglot", stdout=subprocess.DEVNULL)
-                if done.returncode:
-                    sys.exit(done.returncode)  # it has said why
-                lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-            runs.setdefault(f"seed {seed}", {})[precision] = [json.loads(line) for line in lines]
-    columns, table = ("reconstruction", "kl", "5way1shot", "5way5shot"), []
-    for seed, both in runs.items():
-        for line, other in zip(both["fp32"], both["bf16"], strict=True):
-            pairs = [(line[term], other[term]) for term in columns[:2]]
-            pairs += [(line[cell]["accuracy"], other[cell]["accuracy"]) for cell in columns[2:]]
-            table.append([seed, str(line["step"]), *(f"{a:.2f} / {b:.2f}" for a, b in pairs)])
-    show(["fp32 / bf16", "step", *columns], table)
-    return {**about(args, device), "recipe": recipe, "runs": runs}
-
-
 def parse_args(argv=None):
-    count, precisions, data = machine.number(int, 1), ["auto", "fp32", "bf16"], ROOT / "data/omniglot"
+    count, precisions = machine.number(int, 1), ["auto", "fp32", "bf16"]
     these = f"measure these alone: {', '.join(PAIRS)} (default: all; compiled ones on a GPU alone)"
-    repeat = f"timings of each part (default: {SECONDS} seconds' worth); seeds of --compare-precision (2)"
-    both = "instead: train in fp32 and in bf16, side by side into <device>-precisions.json (500 steps)"
+    repeat = f"timings of each part (default: {SECONDS} seconds' worth)"
     p = machine.Parser(description=__doc__.split("\n")[0])
     # fmt: off
     add = p.add_argument
@@ -292,8 +258,6 @@ def parse_args(argv=None):
     add("--precision", choices=precisions, default="auto", help="of our training; auto: bf16 where fast")
     add("--out", type=Path, help="for the JSON file (default: results/bench, or none with --only or --tiny)")
     add("--tiny", action="store_true", help="show that everything runs and agrees; its times mean nothing")
-    add("--compare-precision", type=count, nargs="?", const=500, metavar="STEPS", help=both)
-    add("--data-dir", type=Path, default=data, help="prepared arrays for --compare-precision")
     # fmt: on
     args = p.parse_args(argv)
     if args.out is None and not args.only and not args.tiny:  # part of a table must not replace a whole one
@@ -308,14 +272,14 @@ def main():
         bf16 = machine.use_bf16(args.precision, device)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-        report = compare_precision(args, device) if args.compare_precision else bench(args, device, bf16)
+        report = bench(args, device, bf16)
         if args.out:
             threads = "" if device.type == "cuda" else f" {report['threads']} threads"
-            name = f"{report['device']}{threads} {report.get('precision', 'precisions')}"
+            name = f"{report['device']}{threads} {report['precision']}"
             path = args.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
             runtime.write_json(path, report)
             print(path)
-        for row in report.get("measurements", {}).values():
+        for row in report["measurements"].values():
             if "difference" in row and not row["difference"] <= row["tolerance"]:
                 found = f"results {row['difference']:.2g} from the plain version's found"
                 raise machine.UserError(f"{row['title']}: {found}, at most {row['tolerance']} expected")

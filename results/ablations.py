@@ -63,6 +63,7 @@ OURS = {  # name -> flags that differ from recipes/quick.txt
     "kl-weight-0.02": "--kl-weight 0.02",
     "kl-weight-0.15": "--kl-weight 0.15",
     "kl-weight-1": "--kl-weight 1",
+    "precision-fp32": "--precision fp32",  # the recipe's is bfloat16 where it is fast
     "em-iters-0": "--unsupervised-em-iters 0",
     "em-iters-1": "--unsupervised-em-iters 1",
 }

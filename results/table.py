@@ -368,26 +368,10 @@ def memory(row, version):
     return f"{found / 2**30:.1f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
 
 
-def precision_table(path):
-    """Make a table of a file of bench.py --compare-precision: the same seeds in float32 and in bfloat16."""
-    bench, lines = read_json(path), []
-    for seed, both in bench["runs"].items():
-        for pair in zip(both["fp32"], both["bf16"], strict=True):
-            terms = [[line[term] for line in pair] for term in ("reconstruction", "kl")]
-            terms += [[line[cell]["accuracy"] for line in pair] for cell in ("5way1shot", "5way5shot")]
-            cells = [f"{ours:.1f} / {other:.1f}" for ours, other in terms]
-            lines.append([seed.removeprefix("seed "), str(pair[0]["step"]), *cells])
-    header = ["seed", "step", "reconstruction, fp32 / bf16", "KL", "5-way 1-shot", "5-way 5-shot"]
-    where = f"{bench['device']}, torch {bench['versions']['torch']}"
-    return f"{where}: `{bench['command']}`\n\n{grid(header, lines)}"
-
-
 def speed_tables():
-    """Make a table of every machine and precision, then of the precisions compared."""
+    """Make a table of every machine and precision."""
     paths = sorted((RESULTS / "bench").glob("*.json"))
-    compared = [path for path in paths if path.stem.endswith("-precisions")]
-    measured = [path for path in paths if not path.stem.endswith(("-precisions", "-before"))]
-    return "\n\n".join([*map(speed_table, measured), *map(precision_table, compared)])
+    return "\n\n".join(speed_table(path) for path in paths if not path.stem.endswith("-before"))
 
 
 def filled(text, tables):
