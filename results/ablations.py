@@ -92,9 +92,11 @@ def test(run, variants, data_dir):
     """Test the checkpoints of results/<run> with each of some flags, on the same episodes."""
     path = OUT / f"{run}.json"
     results = read_json(path) if path.exists() else {}
+    reading = read_json(RESULTS / run / "config.json")["args"]["e_step"]
     for variant in variants:
         with tempfile.TemporaryDirectory() as out:
             flags = ["--eval-only", "--checkpoint", RESULTS / run, "--save-dir", out, "--test-shot", 1, 5]
+            flags += ["--e-step", reading] if variant == WAYS else []  # the same run, at other ways
             main_py(run.split("/")[0], data_dir, *flags, *variant.split())
             results[variant] = read_json(Path(out, "test.json"))
         save_json(path, results)
