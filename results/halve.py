@@ -2,7 +2,8 @@
 
     python results/halve.py        # every *best.pt of a run; those that are half already stay
 
-`main.py --eval-only` reads them like any checkpoint: the network is float32 again.
+`main.py --eval-only` reads them like any checkpoint: the network is float32 again. Of a last.pt, which stays
+out of a clone, the weights are kept as weights.pt, unless they are the best: restart.py goes on from them.
 """
 
 import sys
@@ -30,9 +31,19 @@ def halve(path):
         print(path)
 
 
+def keep_last(path):
+    """Write the weights of a last.pt beside it."""
+    checkpoint = load_checkpoint(path)
+    if all(load_checkpoint(best)["step"] != checkpoint["step"] for best in path.parent.glob("*best.pt")):
+        kept = {name: checkpoint[name] for name in ("model", "sizes", "way", "step")}
+        save_checkpoint(path.with_name("weights.pt"), kept)
+
+
 def main():
     with program():
-        for path in sorted(RESULTS.glob("*/*/seed*/*best.pt")):
+        for path in sorted(RESULTS.glob("omniglot/*/seed*/last.pt")):
+            keep_last(path)
+        for path in sorted([*RESULTS.glob("*/*/seed*/*best.pt"), *RESULTS.glob("*/*/seed*/weights.pt")]):
             halve(path)
 
 

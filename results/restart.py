@@ -28,7 +28,7 @@ def restart(run, out):
         raise UserError(f"--out: {out} holds a run, another folder expected")
     config, history = read_config(run), read_lines(run / "metrics.jsonl")
     step, seconds, args = history[-1]["step"], history[-1]["seconds"], config["args"]
-    found = [load_checkpoint(path) for path in sorted(run.glob("*best.pt"))]
+    found = [load_checkpoint(path) for path in sorted(run.glob("*.pt"))]
     weights = next((c for c in found if c["step"] == step), None)
     if weights is None:
         steps = [c["step"] for c in found]
