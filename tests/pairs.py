@@ -169,31 +169,18 @@ def timed(count, device):
 def omniglot_eval(way, count, tiny, device, bf16):
     flags, classes = ("--hidden-size 8 --latent-size 6 --test-mc-sample-size 4", 25) if tiny else ("", 1292)
     return prediction(
-        "omniglot",
-        "Omniglot",
-        way,
-        1,
-        flags.split(),
-        random_bytes(classes, 20, 28, 28, 1),
-        12 if tiny else timed(count, device),
-        device,
-    )
+        "omniglot", "Omniglot", way, 1, flags.split(), random_bytes(classes, 20, 28, 28, 1),
+        12 if tiny else timed(count, device), device,
+    )  # fmt: skip
 
 
 def mimgnet_eval(shot, count, tiny, device, bf16):
     flags, width = ("--hidden-size 16 --test-mc-sample-size 4", 32) if tiny else ("", 256)
     features = random_features(20, 80 if tiny else 600, width)
     return prediction(
-        "mimgnet",
-        "Mini-ImageNet",
-        5,
-        shot,
-        flags.split(),
-        features,
-        12 if tiny else timed(count, device),
-        device,
-        feature_size=width,
-    )
+        "mimgnet", "Mini-ImageNet", 5, shot, flags.split(), features, 12 if tiny else timed(count, device),
+        device, feature_size=width,
+    )  # fmt: skip
 
 
 def encoders(args, bf16, device):

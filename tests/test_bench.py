@@ -122,17 +122,8 @@ def test_part_of_the_table_does_not_replace_the_whole():
 def test_the_report(tmp_path):
     """The command as a user runs it, every measurement in small."""
     flags = [
-        "--tiny",
-        "--baseline",
-        "--repeat",
-        2,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--out",
-        tmp_path,
-    ]
+        "--tiny", "--baseline", "--repeat", 2, "--device", "cpu", "--precision", "fp32", "--out", tmp_path,
+    ]  # fmt: skip
     result = run(".", *flags, script="bench.py", timeout=600)
     assert result.returncode == 0, result.stderr
     (path,) = tmp_path.iterdir()

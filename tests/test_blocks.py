@@ -11,18 +11,10 @@ from conftest import load
 # Of the two experiments with images: odd sizes are rounded down in SimCLR's pools, up in Omniglot's.
 BLOCKS = {folder: load(folder, "model").ConvBlock for folder in ("simclr", "omniglot")}
 SIZES = [
-    ("simclr", 3, 64, 64),
-    ("simclr", 3, 84, 84),
-    ("simclr", 3, 10, 6),
-    ("simclr", 3, 21, 21),
-    ("simclr", 8, 42, 42),
-    ("simclr", 8, 21, 5),
-    ("omniglot", 1, 28, 28),
-    ("omniglot", 1, 7, 7),
-    ("omniglot", 8, 14, 14),
-    ("omniglot", 8, 7, 7),
-    ("omniglot", 8, 4, 5),
-]
+    ("simclr", 3, 64, 64), ("simclr", 3, 84, 84), ("simclr", 3, 10, 6), ("simclr", 3, 21, 21),
+    ("simclr", 8, 42, 42), ("simclr", 8, 21, 5), ("omniglot", 1, 28, 28), ("omniglot", 1, 7, 7),
+    ("omniglot", 8, 14, 14), ("omniglot", 8, 7, 7), ("omniglot", 8, 4, 5),
+]  # fmt: skip
 
 
 def generator(seed=0):

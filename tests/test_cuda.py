@@ -88,16 +88,9 @@ def test_a_run_resumed_on_the_gpu_and_tested_on_the_cpu(glyphs_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 40
     result = run(
-        "omniglot",
-        *flags,
-        "--device",
-        "cpu",
-        "--eval-only",
-        "--checkpoint",
-        tmp_path / "run",
-        "--save-dir",
+        "omniglot", *flags, "--device", "cpu", "--eval-only", "--checkpoint", tmp_path / "run", "--save-dir",
         tmp_path / "eval",
-    )
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     there, here = (json.loads((tmp_path / name / "test.json").read_text()) for name in ("run", "eval"))
     assert all(abs(there[cell]["accuracy"] - here[cell]["accuracy"]) < 0.5 for cell in here)

@@ -33,15 +33,9 @@ def checkpoint(tmp_path_factory):
 
 def test_three_small_pictures(checkpoint, glyphs_dir, tmp_path):
     result = run(
-        "omniglot",
-        "--checkpoint",
-        checkpoint,
-        "--data-dir",
-        glyphs_dir,
-        "--out",
-        tmp_path,
+        "omniglot", "--checkpoint", checkpoint, "--data-dir", glyphs_dir, "--out", tmp_path,
         script="figures.py",
-    )
+    )  # fmt: skip
     assert result.returncode == 0 and result.stderr == "", result.stderr
     for name in ("components.png", "latents.png", "curves.png"):
         path = tmp_path / name

@@ -152,13 +152,9 @@ def test_it_learns():
     network.train()
     for step in range(1, 301):
         main.train_step(
-            network,
-            optimizer,
-            dataloader.draw_sets(train.flatten(0, 1), 16, 5, generator),
-            step,
-            args,
+            network, optimizer, dataloader.draw_sets(train.flatten(0, 1), 16, 5, generator), step, args,
             generator,
-        )
+        )  # fmt: skip
     assert accuracy(5, 1) > 75 and accuracy(5, 5) > 80
     assert accuracy(20, 1) > 40 and accuracy(2, 1) > 85
 

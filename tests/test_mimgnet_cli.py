@@ -89,11 +89,8 @@ def test_outputs(finished):
     assert [line["step"] for line in metrics(finished)] == [100, 200, 300, 400]
     table = json.loads((finished / "test.json").read_text())
     assert table.keys() == {"5way1shot", "5way5shot"} and table["5way1shot"].keys() == {
-        "accuracy",
-        "ci95",
-        "episodes",
-        "accuracies",
-    }
+        "accuracy", "ci95", "episodes", "accuracies",
+    }  # fmt: skip
     config = json.loads((finished / "config.json").read_text())
     assert (
         config["args"]["ema_decay"] == 0.99
@@ -124,12 +121,9 @@ def start_and_stop(data, folder, how, *flags):
     seen = (folder / "metrics.jsonl").read_text() if folder.exists() else None
     command = [sys.executable, "main.py", "--data-dir", str(data), "--save-dir", str(folder), *TINY, *flags]
     process = subprocess.Popen(
-        command,
-        cwd=ROOT / "mimgnet",
-        env=os.environ | ONE_THREAD,
-        stdout=subprocess.DEVNULL,
+        command, cwd=ROOT / "mimgnet", env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )
+    )  # fmt: skip
     try:
         while process.poll() is None:
             if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text() != seen:
@@ -156,32 +150,16 @@ def test_stopped_killed_and_resumed_is_the_same_run(data, finished, tmp_path):
 
 def test_eval_only_of_the_run_and_of_a_checkpoint_at_another_way(data, finished, tmp_path):
     result = run(
-        "mimgnet",
-        "--data-dir",
-        data,
-        "--save-dir",
-        tmp_path / "again",
-        *TINY,
-        "--eval-only",
-        "--checkpoint",
-        finished,
-    )
+        "mimgnet", "--data-dir", data, "--save-dir", tmp_path / "again", *TINY, "--eval-only",
+        "--checkpoint", finished,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "again" / "test.json").read_text() == (finished / "test.json").read_text()
 
     flags = [
-        "--eval-only",
-        "--checkpoint",
-        finished / "best.pt",
-        "--test-way",
-        "5",
-        "20",
-        "--e-step",
-        "learned",
-        "--test-shot",
-        "1",
-        "16",
-    ]
+        "--eval-only", "--checkpoint", finished / "best.pt", "--test-way", "5", "20", "--e-step", "learned",
+        "--test-shot", "1", "16",
+    ]  # fmt: skip
     os.remove(save_features(tmp_path) / "train_features.npy")  # a test needs only the test split
     result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / "test", *TINY, *flags)
     assert result.returncode == 0, result.stderr
@@ -204,36 +182,22 @@ def test_what_simclr_says_of_the_features(data, tmp_path, refused):
     assert TINY[:2] == ["--images-per-class", "20"]
     flags = TINY[2:]
     result = run(
-        "mimgnet",
-        "--data-dir",
-        folder,
-        "--save-dir",
-        tmp_path / "run",
-        *flags,
-        "--train-iters",
-        2,
-        "--test-shot",
-        30,
-    )
+        "mimgnet", "--data-dir", folder, "--save-dir", tmp_path / "run", *flags, "--train-iters", 2,
+        "--test-shot", 30,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["features"] == description
     start = ["--data-dir", folder, "--save-dir", tmp_path / "new", *flags]
     (folder / "features.json").write_text(json.dumps(description | {"train_epochs": 400}))
     refused(
-        *start,
-        "--eval-only",
-        "--checkpoint",
-        tmp_path / "run",
+        *start, "--eval-only", "--checkpoint", tmp_path / "run",
         words=["features.json", "400 epochs of SimCLR", "9 expected"],
-    )
+    )  # fmt: skip
     (folder / "features.json").write_text(json.dumps(description | {"encoder_crc32": 6}))
     refused(
-        *start,
-        "--eval-only",
-        "--checkpoint",
-        tmp_path / "run",
+        *start, "--eval-only", "--checkpoint", tmp_path / "run",
         words=["features.json", "6 as the encoder's checksum", "5 expected"],
-    )
+    )  # fmt: skip
     refused(*start, "--images-per-class", 20, words=["--images-per-class: 20 found, 40 expected"])
     for text in (
         "{",
@@ -307,15 +271,9 @@ def test_training_features_need_no_classes(data, tmp_path):
 
 def test_any_width(tmp_path):
     result = run(
-        "mimgnet",
-        "--data-dir",
-        save_features(tmp_path, width=31),
-        "--save-dir",
-        tmp_path / "run",
-        *TINY,
-        "--train-iters",
-        2,
-    )
+        "mimgnet", "--data-dir", save_features(tmp_path, width=31), "--save-dir", tmp_path / "run", *TINY,
+        "--train-iters", 2,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
 
 
@@ -374,15 +332,9 @@ def test_bad_features(case, data, tmp_path, refused):
         shutil.copy(data / f"{split}_features.npy", tmp_path)
     np.save(tmp_path / "train_features.npy", change(np.load(data / "train_features.npy")), allow_pickle=True)
     refused(
-        "--data-dir",
-        tmp_path,
-        "--save-dir",
-        tmp_path / "run",
-        *TINY,
-        "--batch-size",
-        8,
+        "--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY, "--batch-size", 8,
         words=["train_features.npy", words],
-    )
+    )  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
@@ -455,16 +407,9 @@ def test_foreign_and_damaged_checkpoints(data, tmp_path, refused):
     ):
         path.write_bytes(b"damaged") if content is None else torch.save(content, path)
         refused(
-            "--data-dir",
-            data,
-            "--save-dir",
-            tmp_path / "run",
-            *TINY,
-            "--eval-only",
-            "--checkpoint",
-            path,
+            "--data-dir", data, "--save-dir", tmp_path / "run", *TINY, "--eval-only", "--checkpoint", path,
             words=[words],
-        )
+        )  # fmt: skip
     assert not (tmp_path / "run" / "test.json").exists()
 
 
@@ -479,12 +424,9 @@ def test_a_folder_with_another_run_is_kept(data, finished, tmp_path, refused):
     other = tmp_path / "wider"
     other.mkdir()
     refused(
-        "--data-dir",
-        save_features(other, width=36),
-        *start[2:],
-        "--resume",
+        "--data-dir", save_features(other, width=36), *start[2:], "--resume",
         words=["--data-dir", "[12, 20, 36]", "[12, 20, 32]"],
-    )
+    )  # fmt: skip
     np.save(other / "train_features.npy", np.load(data / "train_features.npy") + 1)
     for split in ("val", "test"):
         shutil.copy(data / f"{split}_features.npy", other)
@@ -499,13 +441,8 @@ def test_the_program_itself_says_it_in_one_line(data, tmp_path):
         )
     result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY)
     fails(
-        result,
-        "main.py: error: step 1: the loss is not finite",
-        "reconstruction",
-        "kl",
-        "features up to ",
-        "e+25 found",
-        "divide",
-    )
+        result, "main.py: error: step 1: the loss is not finite", "reconstruction", "kl", "features up to ",
+        "e+25 found", "divide",
+    )  # fmt: skip
     result = run("mimgnet", "--data-dir", tmp_path / "nowhere", "--save-dir", tmp_path / "new", *TINY)
     fails(result, "main.py: error: ", "train_features.npy: not found")

@@ -152,11 +152,9 @@ def test_a_bias_before_batch_norm_is_frozen_at_zero():
     torch.testing.assert_close(exact[0].bias.grad, torch.zeros(3, dtype=torch.float64))
     frozen = {name for name, p in model.GMVAE(8, 6).named_parameters() if not p.requires_grad}
     assert frozen == {
-        *(f"encoder.{i}.conv.bias" for i in range(4)),
-        "decoder.7.bias",
-        "decoder.10.bias",
+        *(f"encoder.{i}.conv.bias" for i in range(4)), "decoder.7.bias", "decoder.10.bias",
         "decoder.13.bias",
-    }
+    }  # fmt: skip
     assert not any(model.GMVAE(8, 6).get_parameter(name).any() for name in frozen)
 
 

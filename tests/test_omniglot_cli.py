@@ -44,18 +44,9 @@ def whole_run(glyphs_dir, tmp_path_factory):
     """A finished tiny run and the flags that made it."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     flags = [
-        "--data-dir",
-        glyphs_dir,
-        *TINY,
-        "--train-iters",
-        60,
-        "--freq-iters",
-        20,
-        "--ema-decay",
-        0.9,
-        "--lr-schedule",
-        "cosine",
-    ]
+        "--data-dir", glyphs_dir, *TINY, "--train-iters", 60, "--freq-iters", 20, "--ema-decay", 0.9,
+        "--lr-schedule", "cosine",
+    ]  # fmt: skip
     result = run("omniglot", "--save-dir", folder, *flags)
     assert result.returncode == 0, result.stderr
     return folder, flags, result
@@ -173,16 +164,9 @@ def test_eval_only_repeats_the_test(whole_run, tmp_path):
     for shot in (1, 5):
         out = tmp_path / f"{shot}"
         result = run(
-            "omniglot",
-            *flags,
-            "--eval-only",
-            "--checkpoint",
-            folder / f"{shot}shot_best.pt",
-            "--save-dir",
-            out,
-            "--test-shot",
-            shot,
-        )
+            "omniglot", *flags, "--eval-only", "--checkpoint", folder / f"{shot}shot_best.pt", "--save-dir",
+            out, "--test-shot", shot,
+        )  # fmt: skip
         assert result.returncode == 0, result.stderr
         name = f"5way{shot}shot"
         assert (
@@ -261,28 +245,17 @@ def test_eval_only_at_other_ways_and_shots(whole_run, glyphs_dir, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "eval/test.json").read_text()).keys() == {
-        "3way1shot",
-        "3way2shot",
-        "20way1shot",
-        "20way2shot",
-    }
+        "3way1shot", "3way2shot", "20way1shot", "20way2shot",
+    }  # fmt: skip
 
 
 def test_same_seed_same_run_and_another_seed_another(glyphs_dir, tmp_path):
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         result = run(
-            "omniglot",
-            "--data-dir",
-            glyphs_dir,
-            "--save-dir",
-            tmp_path / name,
-            *TINY,
-            "--train-iters",
-            2,
-            "--seed",
-            seed,
-        )
+            "omniglot", "--data-dir", glyphs_dir, "--save-dir", tmp_path / name, *TINY, "--train-iters", 2,
+            "--seed", seed,
+        )  # fmt: skip
         assert result.returncode == 0, result.stderr
         states.append(weights(tmp_path / name)["set_network.2.weight"])
     assert states[0].equal(states[1]) and not states[0].equal(states[2])
@@ -295,16 +268,11 @@ def test_without_set_attention(glyphs_dir, tmp_path):
     assert torch.load(tmp_path / "run/1shot_best.pt", weights_only=True)["sizes"]["set_attention"] is False
     assert (
         run(
-            "omniglot",
-            "--eval-only",
-            "--checkpoint",
-            tmp_path / "run/1shot_best.pt",
-            "--save-dir",
-            tmp_path / "eval",
-            *flags,
+            "omniglot", "--eval-only", "--checkpoint", tmp_path / "run/1shot_best.pt", "--save-dir",
+            tmp_path / "eval", *flags,
         ).returncode
         == 0
-    )
+    )  # fmt: skip
     assert json.loads((tmp_path / "eval/test.json").read_text()) == json.loads(
         (tmp_path / "run/test.json").read_text()
     )
@@ -357,11 +325,9 @@ def test_a_folder_with_another_run_is_refused(whole_run):
     before = (folder / "last.pt").read_bytes()
     fails(run("omniglot", "--save-dir", folder, *flags), folder, "holds another run", "--resume")
     fails(
-        run("omniglot", "--save-dir", folder, *flags, "--resume", "--lr", "0.5"),
-        "--lr",
-        "0.5 found",
+        run("omniglot", "--save-dir", folder, *flags, "--resume", "--lr", "0.5"), "--lr", "0.5 found",
         "0.001 expected",
-    )
+    )  # fmt: skip
     precision = json.loads((folder / "config.json").read_text())["precision"]
     other = "fp32" if precision == "bf16" else "bf16"
     fails(
@@ -431,15 +397,9 @@ def test_a_save_dir_that_cannot_be_made(glyphs_dir, tmp_path):
 
 def test_wrong_checkpoints(glyphs_dir, tmp_path):
     flags = [
-        "--data-dir",
-        glyphs_dir,
-        "--save-dir",
-        tmp_path / "run",
-        "--eval-only",
-        "--eval-episodes",
-        2,
+        "--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", "--eval-only", "--eval-episodes", 2,
         "--checkpoint",
-    ]
+    ]  # fmt: skip
     fails(run("omniglot", *flags, tmp_path / "none.pt"), "none.pt", "not found")
     (tmp_path / "text.pt").write_text("hello")
     fails(run("omniglot", *flags, tmp_path / "text.pt"), "text.pt", "not a readable checkpoint")
@@ -481,16 +441,9 @@ def test_a_damaged_run_is_not_resumed(whole_run, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(glyphs_dir, tmp_path):
     flags = [
-        "--data-dir",
-        glyphs_dir,
-        "--save-dir",
-        tmp_path / "run",
-        *TINY,
-        "--train-iters",
-        60,
-        "--freq-iters",
+        "--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 60, "--freq-iters",
         5,
-    ]
+    ]  # fmt: skip
     result = run("omniglot", *flags, "--lr", "1e12")
     fails(result, "step ", "not finite", "reconstruction", "kl")
     if (tmp_path / "run/last.pt").exists():
@@ -519,16 +472,9 @@ def test_a_folder_is_written_by_one_process_alone(glyphs_dir, tmp_path):
 def test_an_interrupted_test_leaves_no_numbers_of_another(whole_run, glyphs_dir, tmp_path):
     folder, _, _ = whole_run
     flags = [
-        "--data-dir",
-        glyphs_dir,
-        "--save-dir",
-        tmp_path / "eval",
-        "--eval-only",
-        "--checkpoint",
-        folder,
-        "--eval-episodes",
-        2,
-    ]
+        "--data-dir", glyphs_dir, "--save-dir", tmp_path / "eval", "--eval-only", "--checkpoint", folder,
+        "--eval-episodes", 2,
+    ]  # fmt: skip
     assert run("omniglot", *flags).returncode == 0 and (tmp_path / "eval/test.json").exists()
     interrupted = "import evaluate, main\ndef stop(*args): raise KeyboardInterrupt\n"
     interrupted += "evaluate.evaluate = stop\nmain.main()"
@@ -547,16 +493,9 @@ def test_a_log_in_an_encoding_without_some_sign_ends_no_run(encoding, glyphs_dir
 
 def test_too_large_a_step_leaves_the_folder_free(glyphs_dir, tmp_path):
     flags = [
-        "--data-dir",
-        glyphs_dir,
-        "--save-dir",
-        tmp_path / "run",
-        *TINY,
-        "--train-iters",
-        1,
-        "--device",
+        "--data-dir", glyphs_dir, "--save-dir", tmp_path / "run", *TINY, "--train-iters", 1, "--device",
         "cpu",
-    ]
+    ]  # fmt: skip
     fails(run("omniglot", *flags, "--train-mc-sample-size", 2 * 10**9), "not enough memory")
     result = run("omniglot", *flags)
     assert result.returncode == 0, result.stderr

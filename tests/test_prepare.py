@@ -437,11 +437,9 @@ def test_errors_as_a_user_sees_them(full, tmp_path):
     content[5000] ^= 1
     (tmp_path / "images_background.zip").write_bytes(content)
     fails(
-        script("--source", tmp_path),
-        "prepare.py: error:",
-        tmp_path / "images_background.zip",
+        script("--source", tmp_path), "prepare.py: error:", tmp_path / "images_background.zip",
         "damaged or truncated",
-    )
+    )  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

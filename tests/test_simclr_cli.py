@@ -56,16 +56,9 @@ def whole_run(data_dir, tmp_path_factory):
     """A finished tiny run with its probe: (its folder, its features' folder, its flags)."""
     place = tmp_path_factory.mktemp("run")
     result = run(
-        "simclr",
-        "--data-dir",
-        data_dir,
-        "--save-dir",
-        place / "whole",
-        "--feature-save-dir",
-        place / "features",
-        "--probe",
-        *TINY,
-    )
+        "simclr", "--data-dir", data_dir, "--save-dir", place / "whole", "--feature-save-dir",
+        place / "features", "--probe", *TINY,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return place / "whole", place / "features", ["--data-dir", data_dir, *TINY]
 
@@ -95,20 +88,11 @@ def assert_same_run(a, features_a, b, features_b):
 def test_a_run_leaves_its_files(whole_run):
     folder, features, _ = whole_run
     assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "last.pt",
-        "best.pt",
-        "encoder.pt",
-        "test.json",
-        "tb_log",
-    }
+        "config.json", "metrics.jsonl", "last.pt", "best.pt", "encoder.pt", "test.json", "tb_log",
+    }  # fmt: skip
     assert {path.name for path in features.iterdir()} == {
-        "train_features.npy",
-        "val_features.npy",
-        "test_features.npy",
-        "features.json",
-    }
+        "train_features.npy", "val_features.npy", "test_features.npy", "features.json",
+    }  # fmt: skip
     arrays = read_features(features)
     assert {split: array.shape for split, array in arrays.items()} == {
         "train": (24, 16),
@@ -156,16 +140,9 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     assert said.pop("encoder_crc32") > 0 and said.pop("crc32") == sums and said == TINY_FEATURES
     copy = shutil.copytree(folder, tmp_path / "whole")  # whose encoder.pt becomes the best one
     result = run(
-        "simclr",
-        *flags,
-        "--export-only",
-        "--export",
-        "best",
-        "--save-dir",
-        copy,
-        "--feature-save-dir",
+        "simclr", *flags, "--export-only", "--export", "best", "--save-dir", copy, "--feature-save-dir",
         tmp_path / "best",
-    )
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
     same = all(best[key].equal(final[key]) for key in best)
@@ -290,15 +267,9 @@ def test_a_smoke_run_keeps_its_features_to_itself():
 def test_the_original_layout_is_prepared_first(whole_run, source_dir, tmp_path):
     folder, features, _ = whole_run
     result = run(
-        "simclr",
-        "--data-dir",
-        source_dir,
-        *TINY,
-        "--save-dir",
-        tmp_path / "s",
-        "--feature-save-dir",
+        "simclr", "--data-dir", source_dir, *TINY, "--save-dir", tmp_path / "s", "--feature-save-dir",
         tmp_path / "f",
-    )
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, features, tmp_path / "s", tmp_path / "f")
     assert (tmp_path / "s/data/classes.json").exists()
@@ -372,19 +343,9 @@ def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):
     for path in (ROOT / "simclr").glob("*.py"):
         (copy / path.name).write_text(path.read_text())
     result = run(
-        copy,
-        "--data-dir",
-        data_dir,
-        "--save-dir",
-        tmp_path / "s",
-        "--feature-save-dir",
-        tmp_path / "f",
-        "--debug",
-        "--way",
-        2,
-        "--query",
-        1,
-    )
+        copy, "--data-dir", data_dir, "--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f",
+        "--debug", "--way", 2, "--query", 1,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     fails(
         run(copy, "--data-dir", source_dir, "--save-dir", tmp_path / "s2"),
@@ -395,16 +356,9 @@ def test_a_copy_of_the_folder_runs_alone(data_dir, source_dir, tmp_path):
 
 def test_contact_sheet(data_dir, tmp_path):
     result = run(
-        "simclr",
-        "--data-dir",
-        data_dir,
-        "--contact-sheet",
-        tmp_path / "sheet.png",
-        "--save-dir",
-        tmp_path / "s",
-        "--device",
-        "cpu",
-    )
+        "simclr", "--data-dir", data_dir, "--contact-sheet", tmp_path / "sheet.png", "--save-dir",
+        tmp_path / "s", "--device", "cpu",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert picture.shape == (4 * 84, 10 * 84, 3) and not (tmp_path / "s").exists()
@@ -454,18 +408,9 @@ def fails_here(capsys, monkeypatch, words, *args):
 ])  # fmt: skip
 def test_wrong_flags(capsys, monkeypatch, data_dir, tmp_path, words, flags):
     fails_here(
-        capsys,
-        monkeypatch,
-        words,
-        "--data-dir",
-        data_dir,
-        *TINY,
-        "--save-dir",
-        tmp_path / "s",
-        "--feature-save-dir",
-        tmp_path / "f",
-        *flags,
-    )
+        capsys, monkeypatch, words, "--data-dir", data_dir, *TINY, "--save-dir", tmp_path / "s",
+        "--feature-save-dir", tmp_path / "f", *flags,
+    )  # fmt: skip
     assert not (tmp_path / "f").exists() and not (tmp_path / "s/last.pt").exists()
 
 
@@ -503,45 +448,26 @@ def test_folders_and_checkpoints_that_are_taken_or_foreign(capsys, monkeypatch, 
     fails_here(capsys, monkeypatch, ["holds another run", "--resume"], *place)
     fails_here(capsys, monkeypatch, ["--lr: 0.1 found, 0.001 expected"], *place, "--resume", "--lr", 0.1)
     fails_here(
-        capsys,
-        monkeypatch,
-        ["holds a training run"],
-        *place,
-        "--export-only",
-        "--checkpoint",
+        capsys, monkeypatch, ["holds a training run"], *place, "--export-only", "--checkpoint",
         folder / "best.pt",
-    )
+    )  # fmt: skip
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     foreign, network = tmp_path / "foreign.pt", model.Encoder(4)
     torch.nn.init.constant_(network.blocks[0].norm.bias, float("nan"))
     torch.save({"model": network.state_dict(), "sizes": network.sizes}, tmp_path / "nan.pt")
     fails_here(
-        capsys,
-        monkeypatch,
-        ["nan.pt", "NaN"],
-        *flags,
-        "--save-dir",
-        tmp_path / "s",
-        "--export-only",
-        "--checkpoint",
-        tmp_path / "nan.pt",
-    )
+        capsys, monkeypatch, ["nan.pt", "NaN"], *flags, "--save-dir", tmp_path / "s", "--export-only",
+        "--checkpoint", tmp_path / "nan.pt",
+    )  # fmt: skip
     for content, words in (
         (b"garbage", "not a readable checkpoint"),
         ({"model": {}, "sizes": {"latent_size": 3}}, "not a checkpoint of this experiment"),
     ):
         foreign.write_bytes(content) if isinstance(content, bytes) else torch.save(content, foreign)
         fails_here(
-            capsys,
-            monkeypatch,
-            [foreign, words],
-            *flags,
-            "--save-dir",
-            tmp_path / "s",
-            "--export-only",
-            "--checkpoint",
-            foreign,
-        )
+            capsys, monkeypatch, [foreign, words], *flags, "--save-dir", tmp_path / "s", "--export-only",
+            "--checkpoint", foreign,
+        )  # fmt: skip
 
 
 def test_errors_end_in_one_line_in_a_process_of_its_own(source_dir, tmp_path):
@@ -581,20 +507,9 @@ def test_the_chain_on_real_images(tmp_path):
                 out.writestr(name, places[name.split("/")[-1]].read(name))
     place = ["--save-dir", tmp_path / "s", "--feature-save-dir", tmp_path / "f"]
     result = run(
-        "simclr",
-        "--data-dir",
-        source,
-        *place,
-        "--debug",
-        "--view-size",
-        64,
-        "--hidden-size",
-        16,
-        "--probe",
-        "--test-shot",
-        1,
-        5,
-    )
+        "simclr", "--data-dir", source, *place, "--debug", "--view-size", 64, "--hidden-size", 16, "--probe",
+        "--test-shot", 1, 5,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert {split: array.shape for split, array in read_features(tmp_path / "f").items()} == dict.fromkeys(
         ("train", "val", "test"), (100, 64)
