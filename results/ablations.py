@@ -203,7 +203,7 @@ def plot():
                 axis.fill_between(ways, least, most, color=line.get_color(), alpha=0.2)
             axis.set(title=f"Omniglot, {shot}-shot test", xlabel="ways at test", xticks=ways)
     axes[0].set_ylabel("accuracy, %")
-    axes[0].legend(title="trained model")
+    axes[1].legend(title="trained model", loc="lower left")
     save_figure(OUT / "ways.png", figure)
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
