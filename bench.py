@@ -4,14 +4,14 @@
     python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 17 minutes
 
 Prints a table and writes results/bench/<device>-<precision>.json. A time is the median of several after a
-warm-up. The baseline is eager float32 written from the equations, checked to give the same results: in the
-same process, on the same inputs and draws, timed by turns. Each measurement has a process of its own: what an
-earlier one left of the heap made the plain version twice as fast or slow.
+warm-up. The baseline is eager float32 written from the equations; it has to give the same results. Both run
+in the same process, on the same inputs and draws, and are timed by turns. Each measurement has a process of
+its own: the heap left by an earlier one made the plain version twice as fast or slow.
 """
 
 import os
 
-# Huge pages, as the programs have them. torch reads it once: the plain version has them too, a favour to it.
+# Use huge pages, as the programs do. torch reads this once, so the plain version profits from them too.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import ctypes
@@ -37,14 +37,14 @@ from folders import ROOT, load
 from pairs import COMPILED, PAIRS, difference
 
 machine, runtime = load("omniglot", "machine"), load("omniglot", "runtime")
-SECONDS = 12  # of timing, for each part of a measurement: 6 calls if they take longer, 3 of the plain version
+SECONDS = 12  # of timing per part of a measurement, but at least 6 calls, 3 of the plain version
 
 
 # --- measuring ------------------------------------------------------------------------------------
 
 
 def glibc():
-    """Return the C library that allocates; None where it is another library."""
+    """Return the C library if it is glibc, whose allocator can be set; otherwise None."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
@@ -53,7 +53,7 @@ def glibc():
 
 
 def use_allocator(version):
-    """Give our version `keep_memory`, the plain one a stock process with its thresholds at their highest."""
+    """Set `keep_memory` for our version, the stock allocator at its highest thresholds for the plain one."""
     libc = glibc()
     if version == "ours":
         machine.keep_memory()
@@ -73,7 +73,7 @@ def resident(field):
 
 
 def peak_of(call, device):
-    """Return (result, peak of the memory that a call adds, in bytes; None where nothing tells)."""
+    """Return (result, peak of the memory that a call adds, in bytes; None if unknown)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -91,7 +91,7 @@ def peak_of(call, device):
 
 
 def seconds(call, device, repeat=1):
-    """Time one of `repeat` calls in a row: a GPU is waited for only at both ends."""
+    """Return the seconds per call of `repeat` calls in a row; wait for a GPU only before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     wait(device)
     start = time.perf_counter()
@@ -104,18 +104,18 @@ def seconds(call, device, repeat=1):
 def first_calls(call, device, warm_up):
     """Warm up; return (first result, FLOP of products and convolutions, peak memory or None, seconds)."""
     observed = [peak_of(call, device) for _ in range(warm_up)]
-    with FlopCounterMode(display=False) as counter:  # under which torch.compile stands aside
+    with FlopCounterMode(display=False) as counter:  # under it torch.compile has no effect
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
-    if took < 10 or device.type == "cuda":  # once more, without what only the first has to load or to choose
+    if took < 10 or device.type == "cuda":  # again, without what the first call loads or chooses
         took = seconds(lambda: observed.append(peak_of(call, device)), device)
-    memory = observed[0 if warm_up else -1][1]  # CUDA graphs keep theirs from the first call on
+    memory = observed[0 if warm_up else -1][1]  # CUDA graphs keep their memory from the first call on
     return observed[0][0], counter.get_total_flops(), memory, took
 
 
 def measure(pair, device, baseline, repeat):
-    """Measure a pair: its row of the JSON file, where `difference` is to stay below `tolerance`."""
+    """Measure a pair; return its row of the JSON file. `difference` has to be at most `tolerance`."""
     versions = {"ours": pair.ours} | ({"plain": pair.plain} if baseline else {})
-    rounds = 3 if baseline else 1  # a shared machine is fast and slow by turns, too
+    rounds = 3 if baseline else 1  # a shared machine has fast and slow periods
     results, plans, samples = {}, {}, {}
     row = {"title": pair.title, "unit": pair.unit, "items": pair.items, "precision": pair.precision}
     for version, parts in versions.items():
@@ -134,9 +134,9 @@ def measure(pair, device, baseline, repeat):
     for _ in range(rounds):
         for (version, part), (call, count, in_a_row) in plans.items():
             use_allocator(version)
-            # torch's default for the plain version; until here both were compared without.
+            # The plain version is timed with torch's default; the results above are without TF32.
             torch.backends.cudnn.allow_tf32 = version == "plain"
-            # Ours gets back its pages, lost in the other's turn; with TF32 cuDNN chooses anew.
+            # Ours regains its pages, lost in the other's turn; with TF32 cuDNN chooses its kernels anew.
             for _ in range({"ours": 3 if baseline else 0, "plain": int(device.type == "cuda")}[version]):
                 call()
             timed = [seconds(call, device, in_a_row) for _ in range(count)]
@@ -159,7 +159,7 @@ def measure(pair, device, baseline, repeat):
 
 
 def matmul_rate(precision, device, size):
-    """Return FLOP a second of a large square matrix product, the best of several: shares are of it."""
+    """Return FLOP per second of a large square matrix product, the best of several, to compute shares."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = min(seconds(lambda: a @ a, device) for _ in range(8))
     return 2 * size**3 / best
@@ -175,7 +175,7 @@ HEADER = [
 
 
 def cells(row):
-    """Write a row of the JSON file as texts under HEADER; what was not measured is empty."""
+    """Format a row of the JSON file as texts under HEADER; what was not measured is empty."""
     costs = {"ours": ["", ""], "plain": ["", ""]}
     for version in costs.keys() & row.keys():
         r, one = row[version], row["items"] == 1
@@ -246,7 +246,7 @@ def about(args, device):
 
 def parse_args(argv=None):
     count, precisions = machine.number(int, 1), ["auto", "fp32", "bf16"]
-    these = f"measure these alone: {', '.join(PAIRS)} (default: all; compiled ones on a GPU alone)"
+    these = f"measure these alone: {', '.join(PAIRS)} (default: all; compiled ones only on a GPU)"
     repeat = f"timings of each part (default: {SECONDS} seconds' worth)"
     p = machine.Parser(description=__doc__.split("\n")[0])
     # fmt: off
@@ -256,7 +256,7 @@ def parse_args(argv=None):
     add("--repeat", type=count, help=repeat)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=precisions, default="auto", help="of our training; auto: bf16 where fast")
-    add("--out", type=Path, help="for the JSON file (default: results/bench, or none with --only or --tiny)")
+    add("--out", type=Path, help="JSON file's folder (default: results/bench, or none with --only or --tiny)")
     add("--tiny", action="store_true", help="show that everything runs and agrees; its times mean nothing")
     # fmt: on
     args = p.parse_args(argv)
@@ -267,7 +267,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    with machine.program():  # with the programs' settings of torch, which favour the plain version
+    with machine.program():  # the programs' settings of torch, which also help the plain version
         device = machine.choose_device(args.device)
         bf16 = machine.use_bf16(args.precision, device)
         if args.out:

@@ -1,4 +1,4 @@
-"""What every prepare.py shares: pictures of any kind, files written whole, errors in one line."""
+"""What every prepare.py uses: pictures of any kind, files written whole, errors in one line."""
 
 import argparse
 import json
@@ -22,14 +22,14 @@ class SourceError(Exception):
 
 
 def plain(image):
-    """Make a picture of any mode an opaque one of 8 bits, upright by its EXIF; RGB and L stay as they are.
+    """Convert a picture of any mode to an opaque 8-bit one, upright by its EXIF; RGB and L keep their mode.
 
-    Raises ValueError where the mode's range does not hold the values.
+    Raises ValueError if values lie outside the mode's range or the picture is too transparent.
     """
     image.load()
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # a damaged EXIF says nothing, the pixels may be whole
+    except Exception:  # a damaged EXIF is ignored: the pixels may be intact
         turn = None
     if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
@@ -41,7 +41,7 @@ def plain(image):
             values[values == image.info["transparency"]] = top
         image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     elif image.has_transparency_data:
-        # On white, as on paper: a drawing that is only in the alpha channel is ink. White ink goes on black.
+        # Put it on white, as on paper: a drawing only in the alpha channel is ink. White ink goes on black.
         image = image.convert("RGBA")
         grounds = (Image.new("RGBA", image.size, ground) for ground in ("white", "black"))
         flats = [Image.alpha_composite(ground, image).convert("RGB") for ground in grounds]
@@ -56,7 +56,7 @@ def plain(image):
 
 
 def write_array(path, shape, parts):
-    """Write an array of bytes as np.save would, part by part: all may not fit the memory."""
+    """Write an array of bytes as np.save would, part by part: the whole may not fit in memory."""
     with open(path, "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -65,10 +65,10 @@ def write_array(path, shape, parts):
 
 
 def write_all(out, files, description, facts):
-    """Write {name: array} as .npy and facts as JSON, all or nothing: beside their place first, then renamed.
+    """Write {name: array} as .npy and facts as JSON, all or nothing: to a temporary folder, then renamed.
 
-    In place of an array: a path that it lies at, or (shape, parts) of bytes too many for the memory. The
-    description goes before the arrays change and comes after them.
+    An array may also be the path of its file, or (shape, parts) of bytes too many for the memory. The old
+    description is removed before the arrays change; the new one comes after them.
     """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:
@@ -87,7 +87,7 @@ def write_all(out, files, description, facts):
 
 
 def folder_beside(out):
-    """Make a folder for a while, on the disk that `out` is or will be on."""
+    """Make a temporary folder on the disk that `out` is or will be on."""
     there = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     return tempfile.TemporaryDirectory(dir=there, prefix=".prepare-")
 
@@ -96,7 +96,7 @@ def folder_beside(out):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse flags; say an error in one line."""
+    """Parse flags; print an error in one line."""
 
     def __init__(self, description):
         raw = argparse.RawDescriptionHelpFormatter
@@ -107,12 +107,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def user_path(text):
-    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    """Parse a path and expand `~`, which a shell leaves alone after an equals sign."""
     return Path(os.path.expanduser(text))
 
 
 def lenient(method):
-    """Make a stream's method lose what it cannot write: to a closed pipe, to a full disk."""
+    """Make a stream's method drop what it cannot write (closed pipe, full disk)."""
 
     def call(*args):
         with suppress(OSError):
@@ -123,16 +123,16 @@ def lenient(method):
 
 @contextmanager
 def program():
-    """Set up the process; end it in one line, with status 2, for what the user can put right.
+    """Set up the process; on an error that the user can fix, print one line and exit with status 2.
 
-    Output that is closed, that nobody reads, or in an encoding without some sign, ends nothing.
+    A closed output, one that nobody reads, or one whose encoding lacks a character does not end the program.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
         stream.reconfigure(errors="replace")
         stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
         setattr(sys, name, stream)
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # unfinished files go
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # removes unfinished files
     try:
         yield
     except (SourceError, BrokenProcessPool, OSError, MemoryError) as error:
@@ -143,7 +143,7 @@ def program():
 
 
 def in_words(error):
-    """Say what ended the program: a full disk and a want of memory by their names."""
+    """Describe the error that ended the program; name a full disk and out of memory."""
     if isinstance(error, MemoryError):
         return f"not enough memory ({error})"
     if not isinstance(error, OSError):

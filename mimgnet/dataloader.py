@@ -15,8 +15,8 @@ from runtime import read_config
 def read_description(data_dir):
     """Read features.json, which simclr/main.py writes beside the features; {} if there is none.
 
-    It says which encoder made them and, of each split, {"images_per_class": ..., "crc32": ...}, the latter of
-    the array; files from before checksums have none. Raises UserError if it is damaged.
+    It says which encoder made them, and has {"images_per_class": {split: count}, "crc32": {split: checksum of
+    the array}}; older files have no checksums. Raises UserError if it is damaged.
     """
     path = Path(data_dir) / "features.json"
     try:
@@ -33,10 +33,10 @@ def read_description(data_dir):
 
 
 def read_labels(path, images):
-    """Read `<split>_labels.npy`, the classes of `images` images: (order, classes), or None without it.
+    """Read `<split>_labels.npy`, one class per image: (order, number of classes), or None without it.
 
-    `order` brings the images of a class together, classes by first appearance, images as they lie. Raises
-    UserError for a damaged file, labels that are not one integer an image, and classes that differ in size.
+    `order` groups images by class: classes by first appearance, images in stored order. Raises UserError for
+    a damaged file, labels that are not one integer per image, and classes that differ in size.
     """
     try:
         labels = np.load(path, allow_pickle=False)
@@ -57,10 +57,10 @@ def read_labels(path, images):
 def load_split(data_dir, split, images_per_class, crc32=None):
     """Load a split, `<split>_features.npy` (images, width): a float32 tensor (classes, members, width).
 
-    `<split>_labels.npy` beside it says the class of every image; without it `images_per_class` images lie
-    together. Training needs no classes: its features may be any number, then of one row. Other floats become
-    float32. Raises UserError for a missing or damaged file, a wrong shape, dtype or number of images, values
-    that are negative, NaN or infinite, another checksum than `crc32`, and what `read_labels` refuses.
+    `<split>_labels.npy` beside it gives the class of every image; without it every `images_per_class` images
+    are a class. Training needs no classes: any number of images will do, then as one class. Other floats
+    become float32. Raises UserError for a missing or damaged file, a wrong shape, dtype or number of images,
+    values that are negative, NaN or infinite, another checksum than `crc32`, and what `read_labels` refuses.
     """
     path = Path(data_dir) / f"{split}_features.npy"
     try:
@@ -114,8 +114,8 @@ def check_episodes(data_dir, split, images, ways, shots, query):
 def say_if_mixed(path, images):
     """Print a line if images of a class are no more alike than others: they may not lie class by class.
 
-    images (classes, members, ...). The variance of class means, times members, over that within classes is
-    about 1 in any order but the right one, where Mini-ImageNet has 80.
+    images (classes, members, ...). members * (variance of class means) / (variance within classes) is about 1
+    in a wrong order; Mini-ImageNet in the right one has 80.
     """
     if min(images.shape[:2]) < 2:
         return
@@ -126,10 +126,10 @@ def say_if_mixed(path, images):
 
 
 def check_apart(data_dir, splits):
-    """Check that no class, and at most 1 % of the images, of a split are in another one. Raises UserError.
+    """Check that no two splits share a class or more than 1 % of their images. Raises UserError.
 
-    A few are in Mini-ImageNet (6 of 9,600 in val). Equal images of one split, as blank ones, count once. What
-    bfloat16 keeps of features counts: encoded in another batch, an image has other last bits.
+    Mini-ImageNet shares a few (6 of 9,600 in val). Equal images of one split, such as blank ones, count once.
+    Features are compared in bfloat16: encoded in another batch, an image has other last bits.
     """
     sets = {}
     for name, images in splits.items():
@@ -153,7 +153,7 @@ def check_width(data_dir, split, images, width, source):
 
 
 def check_encoder(described, path, data_dir):
-    """Check that features are of the encoder that a checkpoint was trained on, as far as both are known.
+    """Check that features come from the encoder that a checkpoint was trained on, if both are known.
 
     Raises UserError.
     """

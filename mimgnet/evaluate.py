@@ -1,4 +1,4 @@
-"""Few-shot evaluation: the accuracy of episodes, their mean and interval. The same file in both folders."""
+"""Evaluate few-shot episodes: accuracies, mean, interval. The same file in omniglot/ and mimgnet/."""
 
 import functools
 import json
@@ -10,15 +10,15 @@ from machine import UserError, write
 from model import load_model
 
 TEST_SEED = 2  # of the episodes: the same for every run
-NOISE_POOL = 4096  # images' worth of Monte-Carlo noise that episodes draw from
+NOISE_POOL = 4096  # images for which the pool has Monte-Carlo noise
 
 
 @torch.no_grad()
 def encode_all(model, images):
-    """Encode every image: in evaluation mode each is encoded alone, so once is enough.
+    """Encode every image once: in evaluation mode its features do not depend on other images.
 
-    images (classes, members, ...) -> (classes * members, width). cuDNN does not search for the fastest
-    kernels meanwhile: it may find others the next time, and with them other last bits.
+    images (classes, members, ...) -> (classes * members, width). cuDNN's search for the fastest kernels is
+    off meanwhile: other kernels next time would change the last bits.
     """
     at_once = 1000 if images.is_cuda else 200
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
@@ -39,8 +39,8 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
     """Return the accuracy of each episode, in percent: (episodes,).
 
     features (images, width) from `encode_all`; episodes (count, way, shot + query) from `draw_episodes`.
-    Support and query pass the set network together (transductive). An episode takes its images' noise from
-    somewhere in one pool made on the CPU, the same on every device. Raises UserError for NaN.
+    Support and query pass the set network together (transductive). Each episode takes its noise from a random
+    place in one pool made on the CPU, the same on every device. Raises UserError for NaN.
     """
     count, way, members = episodes.shape
     pool = noise_pool(samples, model.sizes["latent_size"], features.device)
@@ -48,7 +48,7 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
     picks = ((somewhere + torch.arange(way * members)) % NOISE_POOL).to(features.device)
     episodes = torch.cat([part.flatten(1) for part in episodes.split([shot, members - shot], -1)], 1)
     labels = torch.arange(way, device=features.device).repeat_interleave(members - shot)
-    at_once = 2**20 if features.is_cuda else 2**14  # samples; on a CPU: what its caches hold
+    at_once = 2**20 if features.is_cuda else 2**14  # samples; on a CPU as many as fit its caches
     at_once = max(1, at_once // (way * members * samples))
     accuracies = []
     for index, pick in zip(episodes.to(features.device).split(at_once), picks.split(at_once)):
@@ -56,7 +56,7 @@ def evaluate(model, features, episodes, shot, samples, em_iters, reading="unit")
         accuracy = 100 * (probabilities.argmax(-1) == labels).float().mean(-1)
         accuracies.append(accuracy.where(probabilities.isfinite().all(-1).all(-1), torch.nan))
     accuracies = torch.cat(accuracies).cpu()
-    if accuracies.isnan().any():  # else it would count as the first class
+    if accuracies.isnan().any():  # else NaN would count as the first class
         found = "class probabilities that are NaN found, finite ones expected"
         raise UserError(f"evaluation: {found}; are the weights or the data too large?")
     return accuracies
@@ -71,7 +71,7 @@ def summary(accuracies):
 def evaluate_split(model, images, ways, shots, seed, args):
     """Return {'5way1shot': accuracies of the episodes, ...}.
 
-    In float32 whatever the training's precision, so that a checkpoint scores the same on every machine.
+    It runs in float32 whatever the training's precision: a checkpoint scores the same on every machine.
     """
     model.eval()
     trained_in, model.bf16 = model.bf16, False

@@ -8,7 +8,7 @@ test.json and tb_log/. README.md has the data, the features and the results.
 
 import os
 
-# Huge pages for large CPU tensors; torch reads it at its first allocation.
+# Use huge pages for large CPU tensors; torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import copy
@@ -37,7 +37,7 @@ SAVE_SECONDS = 300  # at most this much training is lost to a kill
 def make_parser():
     """Make the parser; its defaults are the published recipe.
 
-    A resumed run may change the flags of "run" and "test"; a test of a checkpoint has no use for "training".
+    A resumed run may change the flags of "run" and "test"; a test of a checkpoint does not use "training".
     """
     count, natural, rate = number(int, 1, below=2**31), number(int, 0, below=2**31), number(float, 0)
     data = HERE.parent / "data/imgnet"
@@ -45,54 +45,54 @@ def make_parser():
     # fmt: off
     add = p.add_argument_group("run").add_argument
     add("--data-dir", type=user_path, default=data, help="folder with train_features.npy, ...")
-    add("--save-dir", type=user_path, default=Path("runs/default"), help="folder to write, of this run alone")
+    add("--save-dir", type=user_path, default=Path("runs/default"), help="output folder, for this run alone")
     add("--resume", action="store_true", help="continue the run in --save-dir, if there is one")
     add("--eval-only", action="store_true", help="test --checkpoint, write test.json into --save-dir")
-    add("--checkpoint", type=user_path, help="for --eval-only: weights, or a run's folder: its best")
+    add("--checkpoint", type=user_path, help="for --eval-only: weights, or a run's folder (its best)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--debug", action="store_true", help="try it: 4 steps, 2 validations of 10 episodes, 2 samples")
     add = p.add_argument_group("training").add_argument
     add("--hidden-size", type=count, default=512, help="width of the decoder's hidden layers")
     add("--latent-size", type=count, default=32, help="dimensions of the latent space")
     add("--way", type=count, default=5, help="components of the mixture, classes of a validation episode")
-    add("--shot", type=count, default=1, help="labeled images a class of a validation episode")
-    add("--batch-size", type=count, default=16, help="sets a step")
-    add("--sample-size", type=count, default=5, help="images a set")
-    add("--train-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image")
-    add("--decode-samples", type=count, help="of them, drawn anew each step, are decoded; not given: all")
+    add("--shot", type=count, default=1, help="labeled images per class of a validation episode")
+    add("--batch-size", type=count, default=16, help="sets per step")
+    add("--sample-size", type=count, default=5, help="images per set")
+    add("--train-mc-sample-size", type=count, default=256, help="Monte-Carlo samples per image")
+    add("--decode-samples", type=count, help="samples per image to decode, drawn each step; not given: all")
     add("--unsupervised-em-iters", type=natural, default=10, help="EM iterations on each set")
-    add("--em-start", choices=["samples", "images"], default="samples", help="images: distinct ones")
+    add("--em-start", choices=["samples", "images"], default="samples", help="images: start at distinct ones")
     add("--fix-pi", action="store_true", help="keep the mixture weights uniform")
     add("--train-iters", type=count, default=15000, help="steps; a --resume at a constant rate may raise it")
     add("--freq-iters", type=count, default=1000, help="steps between validations")
     add("--lr", type=rate, default=1e-4, help="Adam's learning rate")
-    add("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: to zero at last")
+    add("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: falls to zero")
     add("--weight-decay", type=rate, default=5e-2, help="Adam's L2 penalty")
     add("--kl-warmup-iters", type=natural, default=0, help="steps over which the KL weight rises")
-    add("--kl-weight", type=rate, default=1.0, help="of the KL term; 1 is the evidence lower bound")
+    add("--kl-weight", type=rate, default=1.0, help="weight of the KL term; 1: the evidence lower bound")
     share, seed = number(float, 0, below=1), number(int, 0, below=2**31)
-    add("--ema-decay", type=share, default=0.0, help="of the moving average of the weights, to test; 0: off")
-    add("--seed", type=seed, default=0, help="of weights, sets and noise; episodes are the same for all")
+    add("--ema-decay", type=share, default=0.0, help="decay of the weights' EMA, which is tested; 0: off")
+    add("--seed", type=seed, default=0, help="for weights, sets and noise; episodes do not depend on it")
     add("--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is fast")
-    add("--compile", action="store_true", help="torch.compile, with CUDA graphs: a wait at the start")
+    add("--compile", action="store_true", help="use torch.compile, with CUDA graphs; the start is slow")
     add = p.add_argument_group("evaluation").add_argument
-    add("--images-per-class", type=count, help="they lie together; not given: as features.json or labels say")
-    add("--query", type=count, default=15, help="query images a class")
+    add("--images-per-class", type=count, help="stored together; not given: from features.json or labels")
+    add("--query", type=count, default=15, help="query images per class")
     add("--eval-episodes", type=count, default=1000, help="episodes of a validation or test, for each shot")
-    add("--test-mc-sample-size", type=count, default=256, help="Monte-Carlo samples an image")
+    add("--test-mc-sample-size", type=count, default=256, help="Monte-Carlo samples per image")
     add("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on an episode")
     readings = ["unit", "learned", "tied", "k-means"]
-    add("--e-step", choices=readings, default="unit", help="variance 1 (published), a class's, all classes'")
+    add("--e-step", choices=readings, default="unit", help="variance 1 (published), per class, or shared")
     add("--no-set-attention", action="store_true", help="encode every image alone: an ablation")
     add = p.add_argument_group("test").add_argument
-    add("--test-way", type=count, nargs="+", help="ways to test; not given: the way of the training")
+    add("--test-way", type=count, nargs="+", help="ways to test; not given: the way of training")
     add("--test-shot", type=count, nargs="+", default=[1, 5, 20, 50], help="shots to test")
     # fmt: on
     return p
 
 
 def parse_args(argv=None):
-    """Parse the command line and check what its flags ask of each other."""
+    """Parse the command line and check that its flags fit together."""
     p = make_parser()
     args = p.parse_args(argv)
     if args.checkpoint and not args.eval_only:
@@ -123,7 +123,7 @@ def learning_rate(step, args):
 
 
 def kl_weight(step, args):
-    """Return the KL term's weight; all of it from the start lets the posterior collapse for long."""
+    """Return the KL term's weight; full weight from the start causes a long posterior collapse."""
     if step >= args.kl_warmup_iters:
         return args.kl_weight
     return args.kl_weight * (0.02 + 0.98 * step / args.kl_warmup_iters)
@@ -142,9 +142,9 @@ def train_step(model, optimizer, x, step, args, generator):
 
 
 def update_average(average, model, step, args):
-    """Move the average of the weights, and of batch norm's statistics, towards the model.
+    """Update the EMA of the weights and of batch norm's statistics.
 
-    The decay rises to --ema-decay, min(decay, (1 + t) / (10 + t)): the first steps' weights soon fade.
+    The decay is min(--ema-decay, step / (9 + step)), so that the weights of the first steps fade soon.
     """
     move = get_ema_multi_avg_fn(min(args.ema_decay, step / (9 + step)))
     averaged, current = (
@@ -172,13 +172,13 @@ def validate(model, images, step, history, args):
 def train(splits, device, bf16, config, stop, args):
     """Train to --train-iters, from the start or from last.pt.
 
-    Once `stop` is not empty, leave after a checkpoint, with status 128 + signal.
+    Once `stop` is not empty, save a checkpoint and exit with status 128 + signal.
     """
     torch.manual_seed(args.seed)
     sizes = splits["train"].shape[-1], args.hidden_size, args.latent_size
     model = GMVAE(*sizes, not args.no_set_attention, bf16).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    generator = torch.Generator(device).manual_seed(args.seed + 2**31)  # other draws than the weights'
+    generator = torch.Generator(device).manual_seed(args.seed + 2**31)  # not the draws of the weights
     parts = {"model": model, "optimizer": optimizer, "generator": generator}
     if args.ema_decay:
         parts["average"] = copy.deepcopy(model)
@@ -197,7 +197,7 @@ def train(splits, device, bf16, config, stop, args):
     first = rank() == 0  # it validates and writes
     if first:
         write_json(args.save_dir / "config.json", config)
-    if first and start:  # a kill may have come between last.pt and it
+    if first and start:  # a kill may have come after last.pt, before this
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
@@ -234,7 +234,7 @@ def train(splits, device, bf16, config, stop, args):
             save_checkpoint(last, snapshot(parts) | progress | {"sizes": model.sizes, "way": args.way})
             write_metrics(args.save_dir, history)
             saved = time.monotonic()
-        if validating:  # said once it is saved
+        if validating:  # printed once it is saved
             for name, r in results.items():
                 log.add_scalar(f"validation/{name}", r["accuracy"], step)
             said = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
@@ -250,7 +250,7 @@ def train(splits, device, bf16, config, stop, args):
 
 
 def weights_for(args):
-    """Return {path: shots to test}: --checkpoint or, of a folder, its best."""
+    """Return {path: shots to test}: a checkpoint, or a folder's best.pt."""
     place = args.checkpoint or args.save_dir
     return {place / "best.pt" if place.is_dir() else place: args.test_shot}
 
@@ -262,9 +262,9 @@ def main():
         bf16 = not args.eval_only and use_bf16(args.precision, device)
         if args.eval_only:
             (path,) = weights_for(args)
-            width = load_model(path).sizes["feature_size"]  # refused before anything is written
+            width = load_model(path).sizes["feature_size"]  # a bad one is refused before anything is written
             args.test_way = args.test_way or [load_checkpoint(path).get("way", args.way)]
-        wait(rank() > 0)  # until the first has found the data right and opened the folder
+        wait(rank() > 0)  # until the first has checked the data and opened the folder
         described = read_description(args.data_dir)
         splits = load_splits(args, described)
         if args.eval_only:

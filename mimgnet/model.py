@@ -69,11 +69,10 @@ class GMVAE(nn.Module):
         return x
 
     def posterior(self, h):
-        """Return q(z_i | x_i, X) of every member of a set: features (B, M, width) -> mean, log variance (B,
-        M, D).
+        """Return q(z_i | x_i, X) of each member: features (B, M, width) -> mean, log variance (B, M, D).
 
-        Without set attention q(z_i | x_i): every image is a set of its own. The last linear map is float32
-        always: bfloat16 would round a latent to three digits.
+        Without set attention it is q(z_i | x_i): every image is a set of its own. The last linear map is
+        always float32: bfloat16 would round a latent to three digits.
         """
         sets = h if self.sizes["set_attention"] else h.flatten(0, 1).unsqueeze(1)
         *attention, linear = self.set_network
@@ -91,12 +90,12 @@ class GMVAE(nn.Module):
     def forward(
         self, x, samples, components, em_iters, fix_pi=False, generator=None, start="samples", decoded=None
     ):
-        """Return both terms of the negative evidence lower bound, an image; their sum is the objective.
+        """Return both terms of the negative evidence lower bound per image; minimise their sum.
 
         x (B, M, width) -> (-E log p(x|z), E[log q(z|x,X) - log p_psi*(z)]), means over images and Monte-Carlo
         samples. -log p(x|z) is the squared error summed over features (no 1/2, no constant: a Gaussian of
-        variance 1/2). psi* is fitted to the sets' own samples inside and carries no gradient. `decoded` of
-        each image's samples, drawn anew, pass the decoder (None: all): an unbiased estimate.
+        variance 1/2). psi* is fitted here to the sets' own samples and carries no gradient. Only
+        `decoded` samples per image, drawn anew, pass the decoder (None: all): an unbiased estimate.
         """
         B, M = x.shape[:2]
         mean, log_var = self.posterior(x)
@@ -125,10 +124,10 @@ class GMVAE(nn.Module):
 
     @torch.no_grad()
     def predict(self, support, query, samples=256, em_iters=10, reading="unit", seed=0):
-        """Classify query features given a few labeled ones of each class; the model in evaluation mode.
+        """Classify query features given a few labeled ones of each class; needs evaluation mode.
 
-        support (way, shot, width), query (N, width) -> probabilities (N, way). The queries are looked at
-        together (transductive); without EM on them: em_iters=0. `seed` is of the Monte-Carlo samples.
+        support (way, shot, width), query (N, width) -> probabilities (N, way). The queries are classified
+        together (transductive); em_iters=0 leaves out EM on them. `seed` draws the Monte-Carlo samples.
         """
         way, shot = support.shape[:2]
         h = self.encode(torch.cat([support.flatten(0, 1), query]))
@@ -137,7 +136,7 @@ class GMVAE(nn.Module):
         return self.predict_encoded(h[None], way, shot, noise[None], em_iters, reading)[0]
 
 
-PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
+PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # from DataParallel and torch.compile
 
 
 def load_model(path):

@@ -1,7 +1,7 @@
-"""Training on the processes that torchrun starts, by torch.distributed. The same in every folder.
+"""Train on the processes that torchrun starts, by torch.distributed. The same file in every folder.
 
-Each draws what the whole step needs and takes its share; the first one validates and writes. With one process
-nothing here does anything.
+Each process makes the random draws of the whole step and keeps its share; the first one validates and writes.
+With one process nothing here has an effect.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from machine import UserError, choose_device, in_short
 
-PATIENCE = timedelta(hours=1)  # of the others, while the first process validates
+PATIENCE = timedelta(hours=1)  # the others wait while the first process validates
 
 
 def rank():
@@ -30,10 +30,10 @@ def world():
 
 @contextmanager
 def join(name, batch_size, compiling=False):
-    """Join the other processes, if there are any, and yield this one's device, as `choose_device` does.
+    """Join the other processes, if there are any, and yield this one's device, from `choose_device`.
 
-    Without a batch size, for there is no training, the first process goes on alone and the others end. What
-    several meet is said by one. Raises UserError, also once another process has ended.
+    A batch size of 0 means no training: the first process goes on alone and the others exit. An error of
+    several processes is printed by one. Raises UserError, also if another process has ended.
     """
     count, number = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if count == 1 or not (batch_size or number):
@@ -42,7 +42,7 @@ def join(name, batch_size, compiling=False):
     if not batch_size:
         sys.exit()
     sys.stdout = open(os.devnull, "w") if number else sys.stdout
-    store = next(dist.rendezvous("env://"))[0]  # torchrun's: it outlives the processes
+    store = next(dist.rendezvous("env://"))[0]  # torchrun's store outlives the processes
     try:
         if batch_size % count:
             expected = f"a multiple of the {count} processes expected"
@@ -59,31 +59,31 @@ def join(name, batch_size, compiling=False):
         dist.init_process_group(backend, timeout=PATIENCE, **place, **ours)
         yield device
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, if it is faster than what is said here
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may send one before the error is printed
         ended = isinstance(error, dist.DistError)
         ended |= isinstance(error, RuntimeError) and "gloo" in str(error)
         said, alike = store.add("said", 1), store.add(in_short(error), 1)
         if isinstance(error, Exception) and (said if ended else alike) > 1:
             sys.exit(2)
         if number:
-            print(file=sys.stderr)  # the first one's bar may stand on this line
+            print(file=sys.stderr)  # the first process's bar may be on this line
         if not ended:
             raise
         found = f"another process of the run ended ({in_short(error).split('. ')[0]})"
         raise UserError(f"{found}; --resume continues from last.pt") from None
     finally:
-        if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads abort an exit; NCCL may wait
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads abort an exit; NCCL may hang
             dist.destroy_process_group()
 
 
 def wait(this=True):
-    """Wait for the other processes, if this one is to."""
+    """Wait for the other processes, if `this` is true."""
     if this and world() > 1:
         dist.barrier()
 
 
 def part(stop):
-    """Let the first process go on alone and the others end, once all have come here."""
+    """Wait for all processes; then the first goes on alone and the others exit."""
     number = rank()
     wait()
     if world() > 1:
@@ -98,7 +98,7 @@ def share(x, dim=0):
 
 
 class ShareOfDraws(TorchFunctionMode):
-    """Let torch.rand and torch.randn of n rows draw those of all processes and return this one's n."""
+    """Make torch.rand and torch.randn of n rows draw the rows of all processes, return this one's n."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function not in (torch.rand, torch.randn):
@@ -111,10 +111,10 @@ def share_of_draws():
 
 
 def wrap(model):
-    """Make a model's gradients the means over all processes, batch norm's statistics those of all images.
+    """Average a model's gradients over all processes; compute batch norm's statistics from all images.
 
-    The latter on GPUs only: on a CPU, for which torch has no such layer, each process normalises by its own
-    share, and the first one's running statistics are saved.
+    The latter works on GPUs only. On a CPU torch has no such layer: each process normalises its own share,
+    and the first one's running statistics are saved.
     """
     if world() == 1:
         return model
@@ -124,10 +124,10 @@ def wrap(model):
 
 
 def gather(h, views):
-    """Return the rows h (views * n, width) of all processes as one has them: (views * N, width).
+    """Gather the rows h (views * n, width) of all processes in the order of one: (views * N, width).
 
-    Each process finds the loss of all rows, so the gradient for its own is whole and none has to come back.
-    Times their number, for `wrap` takes the mean where a sum is due.
+    Each process computes the loss of all rows, so the gradient of its own rows needs no communication. It is
+    multiplied by the number of processes, because `wrap` averages where a sum is needed.
     """
     if world() == 1:
         return h
@@ -149,7 +149,7 @@ def mean(*terms):
 
 
 def stopping(stop, now=True):
-    """Tell whether to stop: with several processes at a `now` of all, whichever of them got the signal."""
+    """Tell whether to stop. Several processes check together if `now` is true: a signal to one stops all."""
     if world() == 1:
         return bool(stop)
     if not now:

@@ -5,24 +5,24 @@ The same file in omniglot/ and simclr/.
 
 import torch
 
-ROWS = 4096  # 2x2 pixels at once: what one operation writes is in a cache when the next one reads it
-# Floats read as integers: their maximum with 0 and products with 0 and 1 are the same, in a fraction of the
-# time that a CPU takes in bf16. Of two negative floats the maximum is the wrong one, but a ReLU follows.
+ROWS = 4096  # 2x2 blocks at once: what one operation writes is still in a cache for the next one
+# Floats are read as integers: their maximum with 0 and products with 0 and 1 are the same, and a CPU is much
+# faster than in bf16. The maximum of two negative floats is the wrong one, but a ReLU follows.
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 CORNERS = (0, 0), (0, 1), (1, 0), (1, 1)
 
 
 def frozen_bias(conv):
-    """Freeze a convolution's bias at zero before a batch norm: normalising would take it away again."""
+    """Freeze a convolution's bias at zero: the batch norm that follows would subtract it again."""
     conv.bias.requires_grad_(False).zero_()
     return conv
 
 
-# --- 2x2 max-pool and ReLU: pixels a, b over c, d, as BITS -------------------------------------------
+# --- 2x2 max-pool and ReLU: pixels a, b above c, d as BITS -------------------------------------------
 
 
 def pixels(x):
-    """List views (N, H // 2, W // 2, C) of the four pixels of every 2x2 of x (N, H, W, C)."""
+    """List views (N, H // 2, W // 2, C) of the four pixels of every 2x2 block of x (N, H, W, C)."""
     h, w = x.shape[1] // 2, x.shape[2] // 2
     return [x[:, i : 2 * h : 2, j : 2 * w : 2] for i, j in CORNERS]
 
@@ -37,9 +37,9 @@ def pool(a, b, c, d, out, greater):
 
 
 def unpool(grad, greater, a, b, c, d):
-    """Write the gradient of what `pool` wrote into the pixel it came from, the first of equals; 0 elsewhere.
+    """Write the gradient of `pool`'s output to the pixel it came from (the first of equal ones), 0 elsewhere.
 
-    It has to be 0 where the pool wrote 0.
+    `grad` has to be 0 where the pool wrote 0.
     """
     torch.mul(grad, greater[2], out=c)
     torch.sub(grad, c, out=a)
@@ -80,7 +80,7 @@ class PoolReLU(torch.autograd.Function):
 
 
 def unfold(x, patches):
-    """Write the 4x4 pixels around every 2x2, zero beyond the edge.
+    """Write the 4x4 pixels around every 2x2 block into `patches`, zero beyond the edge.
 
     x (N, C, H, W), H and W even -> patches (N * H / 2 * W / 2, 4 * 4 * C).
     """
@@ -97,11 +97,12 @@ class FirstBlock(torch.autograd.Function):
     x (N, C, H, W), H and W even; weight (O, C, 3, 3) -> (N, O, H / 2, W / 2) of type `dtype`, and the mean
     (O,) and variance (O,) of the convolution.
 
-    Where few channels go in, the time goes into passes over the many that come out. Those at full size are
-    spared: a pixel of the convolution is y = w p, p its patch of 9 C numbers, so that the mean is w E[p], the
-    variance w cov(p) w, the norm's scale goes into the weights, and the pool follows while the product is in
-    a cache. Backward, let u = (y - mean) / std and g be the gradient of gamma u + beta, zero at three pixels
-    of four. The norm's backward gives the gradient of y; times p, and summed over the pixels, it is
+    With few channels in and many out, most time goes into passes over the output. This block makes none at
+    full size: a pixel of the convolution is y = w p, where p is its patch of 9 C numbers. So the mean is
+    w E[p], the variance is w cov(p) w, the norm's scale goes into the weights, and the pool follows while the
+    product is in a cache. Backward, let u = (y - mean) / std, and g be the gradient of gamma u + beta, zero
+    at three pixels of four. The norm's backward gives the gradient of y; multiplied by p and summed over the
+    pixels, it is
 
         dw = gamma / std (sum(g p) - sum(g) E[p] - sum(g u) w cov(p) / std)
         sum(g u) = (w sum(g p) - mean sum(g)) / std
@@ -120,7 +121,7 @@ class FirstBlock(torch.autograd.Function):
             first += part.sum(0)
             second.addmm_(part.T, part)
         first, second = first.view(4, 4, C), second.view(4, 4, C, 4, 4, C)
-        near = [(slice(i, i + 3), slice(j, j + 3)) for i, j in CORNERS]  # the 3x3 around a pixel, of the 4x4
+        near = [(slice(i, i + 3), slice(j, j + 3)) for i, j in CORNERS]  # the 3x3 around a pixel, in the 4x4
         mean_p = sum(first[s] for s in near).flatten() / n
         pairs = sum(second[(*s, slice(None), *s)] for s in near).reshape(9 * C, 9 * C)
         cov_p = pairs / n - mean_p.outer(mean_p)
@@ -129,7 +130,7 @@ class FirstBlock(torch.autograd.Function):
         mean, w_cov = w @ mean_p, w @ cov_p
         var = (w_cov * w).sum(1).clamp_min(0)
         scale = gamma * (var + eps).rsqrt()
-        kernel = torch.zeros(3, 4, C, 2, O, dtype=exact)  # to two pixels, side by side
+        kernel = torch.zeros(3, 4, C, 2, O, dtype=exact)  # maps to two pixels, side by side
         for j in range(2):
             kernel[:, j : j + 3, :, j] = (w.T * scale).view(3, 3, C, O)
         kernel = kernel.view(12 * C, 2 * O).to(dtype)
@@ -168,7 +169,7 @@ class FirstBlock(torch.autograd.Function):
 
 
 def remember(norm, mean, var, count):
-    """Let the running statistics of a batch norm follow those of a batch, of `count` values a channel."""
+    """Update a batch norm's running statistics with those of a batch of `count` values per channel."""
     norm.num_batches_tracked += 1
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)

@@ -12,10 +12,10 @@ SHOTS = (1, 5)  # of validation episodes
 
 
 def check_ink(path, images):
-    """Check that values of the right form can be ink on an empty ground. Raises UserError.
+    """Check that the images can be ink on an empty ground. Raises UserError.
 
-    Those are blank, faint or inverted images, and classes and drawings swapped. A mean of one half, as grey
-    noise has it, is accepted.
+    It refuses blank, faint or inverted images, and classes and drawings swapped. It accepts a mean of one
+    half, as of grey noise.
     """
     top = 255 if images.dtype == np.uint8 else 1
     low, high, mean = images.min(), images.max(), images.mean(dtype=np.float64) / top
@@ -88,8 +88,8 @@ def check_episodes(data_dir, split, images, ways, shots, query):
 def say_if_mixed(path, images):
     """Print a line if images of a class are no more alike than others: they may not lie class by class.
 
-    images (classes, members, ...). The variance of class means, times members, over that within classes is
-    about 1 in any order but the right one, where Omniglot has 4.6.
+    images (classes, members, ...). members * (variance of class means) / (variance within classes) is about 1
+    in a wrong order; Omniglot in the right one has 4.6.
     """
     if min(images.shape[:2]) < 2:
         return
@@ -100,9 +100,9 @@ def say_if_mixed(path, images):
 
 
 def check_apart(data_dir, splits):
-    """Check that no class, and at most 1 % of the images, of a split are in another one. Raises UserError.
+    """Check that no two splits share a class or more than 1 % of their images. Raises UserError.
 
-    Of floats, what 8 bits keep of them counts. Equal images of one split, as blank ones, count once.
+    Floats are compared after rounding to 8 bits. Equal images of one split, such as blank ones, count once.
     """
     sets = {}
     for name, images in splits.items():

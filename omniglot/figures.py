@@ -34,10 +34,10 @@ def parse_args(argv=None):
     add("--data-dir", type=user_path, default=data, help="folder with test.npy")
     add("--out", type=user_path, help="folder for the figures (default: the checkpoint's)")
     add("--way", type=number(int, 2, below=11), default=5, help="classes of the episode")
-    add("--shot", type=count, default=1, help="support images a class")
-    add("--query", type=count, default=15, help="query images a class")
-    add("--samples", type=count, default=32, help="Monte-Carlo samples an image")
-    add("--episode", type=natural, default=0, help="which episode of test classes: its seed")
+    add("--shot", type=count, default=1, help="support images per class")
+    add("--query", type=count, default=15, help="query images per class")
+    add("--samples", type=count, default=32, help="Monte-Carlo samples per image")
+    add("--episode", type=natural, default=0, help="seed of the episode of test classes")
     args = p.parse_args(argv)
     args.out = args.out or args.checkpoint.parent
     return args
@@ -45,7 +45,7 @@ def parse_args(argv=None):
 
 @torch.no_grad()
 def fit_episode(model, images, args):
-    """Adapt an episode by EM.
+    """Adapt to an episode by EM.
 
     Returns its drawings (way, members, 28, 28), their latent means, the class means before and after EM, and
     the variances.
@@ -75,8 +75,8 @@ def save(figure, path):
 def components(model, x, mu, var, path, shape=None, columns=8, seed=0):
     """Draw each class's real images beside images decoded from z ~ N(mu_k, var_k) of its fitted component.
 
-    x (way, members, 28, 28). With `shape`, of a model that decodes canonical drawings (--target-shape): the
-    real ones without their pose too, and the decoded ones put back in the pose of the real ones.
+    x (way, members, 28, 28). `shape` is the --target-shape of a model that decodes canonical drawings;
+    it adds the real ones without their pose, and the decoded ones in the pose of the real ones.
     """
     columns = min(columns, x.shape[1])
     noise = torch.randn(len(mu), columns, mu.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -102,7 +102,7 @@ def components(model, x, mu, var, path, shape=None, columns=8, seed=0):
 
 
 def latents(mean, before, mu, path):
-    """Draw posterior means on the plane that best separates the class means, these before and after EM."""
+    """Draw posterior means, and class means before and after EM, on the plane that best separates classes."""
     centre = mean.flatten(0, 1).mean(0)
     plane = torch.linalg.svd(mean.mean(1) - centre, full_matrices=False).Vh[:2].T  # (D, 2)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True)

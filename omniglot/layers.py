@@ -7,10 +7,10 @@ from torch import nn
 
 
 class ConvTranspose(nn.ConvTranspose2d):
-    """Convolve transposed, with stride 2 and padding 1: x (N, channels_in, H, W) -> (N, channels, ..., ...).
+    """Transposed convolution, stride 2, padding 1: x (N, channels_in, H, W) -> (N, channels, ..., ...).
 
-    With a bias inside, oneDNN on a CPU takes twice the time, or ten times: it is added afterwards, unless it
-    is frozen at zero (`frozen_bias`).
+    With a bias oneDNN takes two to ten times as long on a CPU: the bias is added afterwards, unless it is
+    frozen at zero (`frozen_bias`).
     """
 
     def __init__(self, channels_in, channels, kernel_size):
@@ -29,12 +29,12 @@ class ConvTranspose(nn.ConvTranspose2d):
 
 
 class OneChannel(torch.autograd.Function):
-    """Convolve transposed, with kernel 4, stride 2 and padding 1, to a single channel.
+    """Transposed convolution with kernel 4, stride 2 and padding 1, to a single channel.
 
     x (N, C, H, W), weight (C, 1, 4, 4) -> (N, 1, 2 H, 2 W).
 
-    Forward as one matrix product, of every pixel with its 4x4 taps, and their sums: a library's, made for
-    many channels, takes four times as long on a CPU. Backward is the library's.
+    Forward is one matrix product, of every pixel with the 4x4 taps, and sums of the results: the library's
+    forward, made for many channels, takes four times as long on a CPU. Backward is the library's.
     """
 
     @staticmethod
@@ -59,10 +59,9 @@ class OneChannel(torch.autograd.Function):
 
 
 def overlap(taps, dim):
-    """Sum the taps that fall on the same place.
+    """Sum the taps that fall on the same output pixel.
 
-    taps (4, ..., n, ...), four of each of n pixels along `dim` -> the n sums at even places, the n at odd
-    ones.
+    taps (4, ..., n, ...), four for each of n pixels along `dim` -> n sums at even places, n at odd places.
     """
     even, odd, n = taps[1].clone(), taps[2].clone(), taps.shape[dim]
     even.narrow(dim, 1, n - 1).add_(taps[3].narrow(dim, 0, n - 1))  # of the pixel before
@@ -71,11 +70,11 @@ def overlap(taps, dim):
 
 
 def dense(x, weight):
-    """Convolve 2x2 pixels transposed, with kernel 4, stride 2 and padding 1.
+    """Apply a transposed convolution with kernel 4, stride 2 and padding 1 to 2x2 pixels.
 
     x (N, C_in, 2, 2), weight (C_in, C, 4, 4) -> (N, C, 4, 4).
 
-    One matrix product: of the 16 pixels that come out, each of the four that go in reaches nine.
+    It is one matrix product: each of the 4 input pixels reaches 9 of the 16 output pixels.
     """
     # reach (C_in, C, 2, 2, 4, 4): channel in, channel out, pixel in, pixel out
     reach = F.pad(weight, (1, 1, 1, 1)).unfold(2, 4, 2).unfold(3, 4, 2).flip(2, 3)

@@ -1,4 +1,4 @@
-"""Between a program and its machine: errors, signals, memory, files, flags, device. In every folder alike."""
+"""Handle errors, signals, memory, files, flags and devices. The same file in every folder."""
 
 import argparse
 import ctypes
@@ -17,11 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine"  # torch's words
+NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine"  # in torch's errors
 
 
 class UserError(Exception):
-    """What the user can put right, in one line: what was found, what was expected."""
+    """An error that the user can fix; one line says what was found and what was expected."""
 
 
 def in_short(error):
@@ -30,7 +30,7 @@ def in_short(error):
 
 
 class Lenient:
-    """A stream that loses what it cannot write, to a closed pipe or a full disk: no reason to end a run."""
+    """A stream that drops what it cannot write (closed pipe, full disk), so that the run goes on."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -50,11 +50,11 @@ class Lenient:
 
 @contextmanager
 def program():
-    """Set up the process; end it in one line, with status 2, on a UserError or for want of memory."""
+    """Set up the process; on a UserError or out of memory, print one line and exit with status 2."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it is closed
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None if it is closed
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an encoding without ± shows ? for it
+            stream.reconfigure(errors="replace")  # print ? if the encoding has no ±
         setattr(sys, name, Lenient(stream))
     keep_memory()
     torch.set_flush_denormal(True)  # on a CPU, products with responsibilities of 1e-40 are slow
@@ -76,10 +76,10 @@ def program():
 
 
 def keep_memory():
-    """Have glibc keep the pages of freed tensors: half of a CPU step would be the kernel clearing them again.
+    """Make glibc keep the pages of freed tensors: clearing them again would take half of a CPU step.
 
-    Not every hole between kept pages fits a later tensor, so they grow in number. All are given back after an
-    optimizer's step that finds 1.5 times the pages that the first one found.
+    Not every hole between kept pages fits a later tensor, so the number of pages grows. When it exceeds 1.5
+    times that of the first optimizer step, the free pages are given back.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -101,9 +101,9 @@ def keep_memory():
 
 @contextmanager
 def catch_stop():
-    """Yield a list that receives the first SIGINT or SIGTERM; a second one ends the program at once.
+    """Yield a list that receives SIGINT and SIGTERM; the same signal again ends the program at once.
 
-    Not one of several that torchrun started: it may get a signal from there and from elsewhere.
+    Under torchrun it does not: a process may get one signal from torchrun and one from elsewhere.
     """
     received, several = [], int(os.environ.get("WORLD_SIZE", 1)) > 1
 
@@ -124,7 +124,7 @@ def catch_stop():
 
 
 def write(path, data):
-    """Write bytes or text; a kill leaves the old file or the new one, whole. Raises UserError."""
+    """Write bytes or text; after a kill the file is the old one or the whole new one. Raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -142,7 +142,7 @@ def write(path, data):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse flags, also from a file named as @file: one flag a line, its reason after #."""
+    """Parse flags, also those of a file given as @file: one flag per line, its reason after #."""
 
     def __init__(self, **kwargs):
         formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -155,14 +155,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def names(self, *groups):
-        """Name the flags of these groups, as in the parsed namespace."""
+        """Return the names of the flags in these groups, as in the parsed namespace."""
         return {
             a.dest for group in self._action_groups if group.title in groups for a in group._group_actions
         }
 
 
 def user_path(text):
-    """Parse a path, `~` included, which a shell leaves alone after an equals sign."""
+    """Parse a path and expand `~`, which a shell leaves alone after an equals sign."""
     try:
         text.encode()
     except UnicodeEncodeError:  # TensorBoard cannot write there
@@ -191,9 +191,9 @@ def number(kind, low, below=math.inf):
 
 
 def choose_device(name, compiling=False):
-    """Return the torch.device of `auto`, `cpu`, `cuda`, `cuda:N` or `mps`, once a kernel has run there.
+    """Return the torch.device of `auto`, `cpu`, `cuda`, `cuda:N` or `mps`, after running a kernel there.
 
-    Raises UserError, also where torch.compile is wanted and does not work.
+    Raises UserError, also if torch.compile is asked for and does not work.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,7 +206,7 @@ def choose_device(name, compiling=False):
         expected = f"a device of this machine expected ({in_short(error)})"
         raise UserError(f"--device: {name} found, {expected}") from None
     try:
-        compiling and torch.compile(torch.Tensor.square)(tried)  # to import it alone takes a second
+        compiling and torch.compile(torch.Tensor.square)(tried)  # importing it takes a second
     except RuntimeError as error:
         expected = "a C++ compiler (a GPU: Triton) expected"
         raise UserError(f"--compile: {in_short(error)} found, {expected}") from None
@@ -214,13 +214,13 @@ def choose_device(name, compiling=False):
 
 
 def cpu_facts():
-    """Read what Linux says of the processor; elsewhere nothing."""
+    """Return what Linux says about the processor; an empty string elsewhere."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
 
 
 def device_name(device):
-    """Name the device, of a CPU with the number of threads."""
+    """Return the name of the device, for a CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -230,7 +230,7 @@ def device_name(device):
 
 
 def use_bf16(precision, device):
-    """Tell whether the networks run under bfloat16 autocast; for `auto`, where the hardware has it.
+    """Tell whether the networks run under bfloat16 autocast; `auto`: if the hardware has it.
 
     Raises UserError on MPS, where only float32 is known to work.
     """

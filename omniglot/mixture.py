@@ -14,7 +14,7 @@ MIN_WEIGHT = 1e-12  # a component that lost all its samples keeps a finite log p
 
 
 def log_joint(z, pi, mu, var=None):
-    """Return log pi_k N(z; mu_k, var_k) less its terms without k, as matrix products.
+    """Return log pi_k N(z; mu_k, var_k) without the terms that do not depend on k, by matrix products.
 
     z (B, N, D), pi (B, K), mu (B, K, D), var (B, K, D) or None for the identity -> (B, K, N).
     Without var the terms left out are -|z|^2/2 - D/2 log(2 pi); with var, only -D/2 log(2 pi).
@@ -46,16 +46,16 @@ def m_step(z, resp, mu):
 
 @torch.no_grad()
 def fit_prior(z, components, iters, fix_pi=False, generator=None, start="samples"):
-    """Fit, by unsupervised EM with identity covariance, the prior psi* = (pi, mu) of each set.
+    """Fit the prior psi* = (pi, mu) of each set by unsupervised EM with identity covariance.
 
-    z (B, M, S, D) -> pi (B, K), mu (B, K, D), fitted to the M S samples of each set. Starts from uniform pi
-    and K random "samples" (released code), or samples of K different "images"; where a set has fewer than K
-    images, each gives one sample before any gives a second. Constants for the gradient (paper, EM while
-    meta-training).
+    z (B, M, S, D) -> pi (B, K), mu (B, K, D), fitted to the M S samples of each set. EM starts from uniform
+    pi and K random "samples" (released code), or samples of K different "images"; if a set has fewer than K
+    images, it takes one sample of each before a second of any. psi* is a constant for the gradient (paper, EM
+    while meta-training).
     """
     B, M, S, D = z.shape
     draw = torch.rand(B, M, S, device=z.device, generator=generator)
-    if start == "images":  # an image's largest draw stays in [0, 1), its others fall below all of these
+    if start == "images":  # an image's largest draw stays in [0, 1), its others become negative
         draw = torch.where(draw < draw.amax(-1, keepdim=True), draw - 1, draw)
     first, z = draw.flatten(1).topk(components, dim=-1).indices, z.flatten(1, 2)
     mu = z.gather(1, first.unsqueeze(-1).expand(-1, -1, D))
@@ -80,8 +80,8 @@ def adapt(support, query, iters, reading="unit"):
     support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples. ->
     mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit" variance (released code), the variance
     "learned" so far (paper, figure 1), "tied", learned but shared by the classes (their mean, weighted by
-    their samples), or "k-means": unit variance, each sample wholly in its likeliest class. Without
-    iterations: support means, variance 1.
+    their samples), or "k-means": unit variance, each sample assigned to its likeliest class. With iters=0 the
+    result is the support means and variance 1.
     """
     B, K, n, D = support.shape
     pi = support.new_full((B, K), 1 / K)
@@ -115,8 +115,8 @@ def predict(query, mu, var):
 def classify(support, query, iters, reading="unit"):
     """Classify episodes, from samples to class probabilities: `adapt`, then `predict`.
 
-    support (B, K, shot, S, D), query (B, Q, S, D) -> (B, Q, K). The samples are first centred on a point
-    among them, which changes no result but keeps E[z^2] - mu^2 far from cancelling in float32.
+    support (B, K, shot, S, D), query (B, Q, S, D) -> (B, Q, K). The samples are first centred on the
+    mean of one sample per class; the result is the same, but E[z^2] - mu^2 does not cancel in float32.
     """
     centre = support[:, :, 0, 0].mean(1)
     support, query = support - centre[:, None, None, None], query - centre[:, None, None]
@@ -132,6 +132,6 @@ def sample_posterior(mean, log_var, noise):
 def log_posterior(log_var, noise):
     """Return log q(z|x) of z = m + s * noise, in nats: shapes as in `sample_posterior` -> (..., M, S).
 
-    It follows from the noise alone.
+    The mean of the posterior cancels.
     """
     return -0.5 * (noise.square().sum(-1) + (log_var + math.log(2 * math.pi)).sum(-1, keepdim=True))

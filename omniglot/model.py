@@ -56,7 +56,7 @@ class ConvBlock(nn.Module):
         if not (self.training and x.device.type == "cpu"):
             return F.max_pool2d(self.norm(self.conv(x)), 2, ceil_mode=True).relu()
         odd = x.shape[3] % 2, x.shape[2] % 2
-        if x.requires_grad or any(odd):  # a zero beyond the edge is nothing to a ReLU
+        if x.requires_grad or any(odd):  # zero padding is harmless: a ReLU follows
             return PoolReLU.apply(F.pad(self.norm(self.conv(x)), (0, odd[0], 0, odd[1])))
         return first_block(x, self.conv, self.norm)
 
@@ -107,11 +107,10 @@ class GMVAE(nn.Module):
             return self.encoder(x.permute(0, 3, 1, 2))
 
     def posterior(self, h):
-        """Return q(z_i | x_i, X) of every member of a set: features (B, M, width) -> mean, log variance (B,
-        M, D).
+        """Return q(z_i | x_i, X) of each member: features (B, M, width) -> mean, log variance (B, M, D).
 
-        Without set attention q(z_i | x_i): every image is a set of its own. The last linear map is float32
-        always: bfloat16 would round a latent to three digits.
+        Without set attention it is q(z_i | x_i): every image is a set of its own. The last linear map is
+        always float32: bfloat16 would round a latent to three digits.
         """
         sets = h if self.sizes["set_attention"] else h.flatten(0, 1).unsqueeze(1)
         *attention, linear = self.set_network
@@ -131,9 +130,9 @@ class GMVAE(nn.Module):
         """Return both terms of the negative evidence lower bound, in nats an image; minimise their sum.
 
         x (B, M, 28, 28, 1) float in [0, 1] -> (-E log p(x|z), E[log q(z|x,X) - log p_psi*(z)]), means over
-        images and Monte-Carlo samples. psi* is fitted to the sets' own samples inside and carries no
-        gradient. `decoded` of each image's samples, drawn anew, pass the decoder (None: all): an unbiased
-        estimate of the first term but for batch norm's statistics. The decoder is asked for `target`, of x's
+        images and Monte-Carlo samples. psi* is fitted here to the sets' own samples and carries no
+        gradient. Only `decoded` samples per image, drawn anew, pass the decoder (None: all): an unbiased
+        estimate of the first term, except for batch norm's statistics. The decoder learns `target`, of x's
         shape (None: x itself).
         """
         B, M = x.shape[:2]
@@ -166,10 +165,10 @@ class GMVAE(nn.Module):
 
     @torch.no_grad()
     def predict(self, support, query, samples=32, em_iters=10, reading="unit", seed=0):
-        """Classify query images given a few labeled ones of each class; the model in evaluation mode.
+        """Classify query images given a few labeled ones of each class; needs evaluation mode.
 
         support (way, shot, 28, 28, 1), query (N, 28, 28, 1), ink = 1 -> probabilities (N, way). The queries
-        are looked at together (transductive); without EM on them: em_iters=0. `seed` is of the Monte-Carlo
+        are classified together (transductive); em_iters=0 leaves out EM on them. `seed` draws the Monte-Carlo
         samples.
         """
         way, shot = support.shape[:2]
@@ -179,7 +178,7 @@ class GMVAE(nn.Module):
         return self.predict_encoded(h[None], way, shot, noise[None], em_iters, reading)[0]
 
 
-PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
+PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # from DataParallel and torch.compile
 
 
 def load_model(path):

@@ -1,11 +1,11 @@
 """The pose of a drawing: where, how large and how slanted it is; images without it; random warps.
 
-Ours, not the paper's: the decoder draws a character without its pose, see the README. The differences of pose
-lie within a class, so a latent variable that need not carry them tells the classes apart better.
+Ours, not the paper's: the decoder draws a character without its pose, see the README. Poses differ
+within a class, so a latent variable that need not carry them separates the classes better.
 
 A point u = (x, y) lies in [-1, 1]^2, x to the right and y down; pixel i of W is centred at (2i + 1) / W - 1.
-A pose is measured and applied in float32 and without matrix products: neither autocast nor TF32
-makes it coarser.
+A pose is measured and applied in float32 and without matrix products, so neither autocast nor
+TF32 lowers its precision.
 """
 
 import math
@@ -18,7 +18,7 @@ def pose(x, shape=0.25):
     """Measure the pose of each image by the moments of its ink (ours, not the paper's; see the README).
 
     x (..., H, W, 1) in [0, 1], ink 1 -> centre c (..., 2) in [-1, 1], matrix M = r W (..., 2, 2), symmetric.
-    Size r: the root of the trace of the covariance C, from 0.15 to 1, over 0.55.
+    Size r: the root of the trace of the covariance C, clamped to [0.15, 1], divided by 0.55.
     Shape W = (C / mean eigenvalue)^shape: with 0 the identity (position and size only); 0.25 takes out half
     of the slant and aspect, 0.5 all of it.
     An empty image has centre 0 and the smallest size.
@@ -66,7 +66,7 @@ def put_back(t, pose):
 
 
 def warp(x, strength, generator=None):
-    """Warp each image at random, the encoder's input in training: x(A u + s + d(u)) (ours, not the paper's).
+    """Warp each image at random, for the encoder in training: x(A u + s + d(u)) (ours, not the paper's).
 
     x (..., H, W, 1) in [0, 1] -> x's shape, float32 in [0, 1]; bilinear, zero outside x. Drawn for each image
     from `generator`, on x's device. `strength` "affine": A = rotation * shear * scale, by up to 15 degrees,
@@ -102,7 +102,7 @@ def _bicubic(count, device):
 
 
 def _grid(x, matrix, shift):
-    """Return the points A u + s for the pixels u of x (..., H, W, 1): (..., H, W, 2), a row plus a column."""
+    """Return A u + s for the pixels u of x (..., H, W, 1), a row term plus a column term: (..., H, W, 2)."""
     height, width = x.shape[-3:-1]
     across = _centres(width, x.device)[:, None] * matrix[..., None, :, 0]  # (..., W, 2)
     down = _centres(height, x.device)[:, None] * matrix[..., None, :, 1] + shift.unsqueeze(-2)  # (..., H, 2)

@@ -2,15 +2,15 @@
 
     python results/ablations.py ways omniglot/5way-fast/seed0   # a run at other numbers of ways: a minute
     python results/ablations.py test omniglot/5way-fast/seed0   # one thing changed in the test: minutes
-    python results/ablations.py train       # short trainings on Omniglot: minutes each
-    python results/ablations.py ours        # the same of our recipe, recipes/quick.txt, in three seeds
-    python results/ablations.py active      # counts the latent dimensions that all these use
-    python results/ablations.py plot        # the figures from what the others have left
+    python results/ablations.py train       # short trainings, mostly on Omniglot: minutes each
+    python results/ablations.py ours        # the same for our recipe, recipes/quick.txt, with three seeds
+    python results/ablations.py active      # count the latent dimensions that Omniglot models use
+    python results/ablations.py plot        # the figures of these results
 
-`ways` and `test` add to results/ablations/<run>.json, {flags: test.json}. `train` makes a folder
-results/ablations/<name> for each training, as any run leaves it, and continues where it was killed; `ours`
-makes results/ablations/ours/<name>/seed<N>. `active` writes results/ablations/active.json. `make table` puts
-all into results/ablations/README.md.
+`ways` and `test` add to results/ablations/<run>.json, {flags: test.json}. `train` writes each training to
+results/ablations/<name>, like any run, and continues where it was killed; `ours` writes to
+results/ablations/ours/<name>/seed<N>, `active` to results/ablations/active.json. `make table` puts `ways` in
+results/README.md and the others in results/ablations/README.md.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TEST = [
     "--no-set-attention",
 ]  # fmt: skip
 SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 600 --train-iters 600 --freq-iters 150 --ema-decay 0.98"
-MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet/5way-fast, with which to compare
+MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet/5way-fast, to compare with it
 BASE = {"omniglot": SHORT, "mimgnet": MINI}  # the flags of every training
 TRAIN = {  # experiment -> name -> what differs; a later flag overrides
     "omniglot": {
@@ -67,18 +67,18 @@ OURS = {  # name -> flags that differ from recipes/quick.txt
     "em-iters-0": "--unsupervised-em-iters 0",
     "em-iters-1": "--unsupervised-em-iters 1",
 }
-CODE = {  # of OURS, what no flag does: run before main()
+CODE = {  # of OURS, changes that no flag makes: run before main()
     "target-centred": "main.canonical = lambda x, p: "
     "pose.canonical(x, (p[0], torch.eye(2).expand_as(p[1])))",
     "input-canonical": "load = main.load_splits; main.load_splits = lambda args: "
     "{name: pose.canonical(x / 255, pose.pose(x)) for name, x in load(args).items()}",
 }
 CODE = {name: f"import main, pose, torch; {code}; main.main()" for name, code in CODE.items()}
-SLOW = "mc-samples-32"  # on a CPU: 600 steps of four seconds, so only by its name
+SLOW = "mc-samples-32"  # 600 steps of four seconds on a CPU: run only if named
 
 
 def main_py(experiment, data_dir, *flags, code=None):
-    """Run `python main.py <flags>`, or code in its place, in a folder; leave with its status if it fails."""
+    """Run `python main.py <flags>`, or code in its place, in a folder; exit with its status if it fails."""
     folder = RESULTS.parent / experiment
     data = os.path.relpath(data_dir or RESULTS.parent / DATA[experiment], folder)
     program = ["-c", code] if code else ["main.py"]
@@ -89,14 +89,14 @@ def main_py(experiment, data_dir, *flags, code=None):
 
 
 def test(run, variants, data_dir):
-    """Test the checkpoints of results/<run> with each of some flags, on the same episodes."""
+    """Test the checkpoints of results/<run> with each variant of flags, on the same episodes."""
     path = OUT / f"{run}.json"
     results = read_json(path) if path.exists() else {}
     reading = read_json(RESULTS / run / "config.json")["args"]["e_step"]
     for variant in variants:
         with tempfile.TemporaryDirectory() as out:
             flags = ["--eval-only", "--checkpoint", RESULTS / run, "--save-dir", out, "--test-shot", 1, 5]
-            flags += ["--e-step", reading] if variant == WAYS else []  # the same run, at other ways
+            flags += ["--e-step", reading] if variant == WAYS else []  # other ways, with the run's own E-step
             main_py(run.split("/")[0], data_dir, *flags, *variant.split())
             results[variant] = read_json(Path(out, "test.json"))
         save_json(path, results)
@@ -137,7 +137,7 @@ def active_dims(mean, log_var):
 def active(data_dir):
     """Write {training: [active dimensions, latent size]} of every Omniglot model whose weights are here.
 
-    It looks at the validation images in sets of 200. What was counted of models that are gone stays.
+    It encodes the validation images in sets of 200. Counts of models that are gone stay.
     """
     sys.path.insert(0, str(RESULTS.parent / "omniglot"))
     import torch
@@ -162,12 +162,12 @@ def active(data_dir):
 
 
 def name_of(folder, root=RESULTS):
-    """Name a folder as it stands in results/: <experiment>/<recipe>/seed<N> of a run."""
+    """Return a folder's name in results/: <experiment>/<recipe>/seed<N> of a run."""
     return folder.relative_to(root).as_posix()
 
 
 def tested():
-    """Read {run: {flags: its test.json}}, what `ways` and `test` have left."""
+    """Read {run: {flags: its test.json}}, written by `ways` and `test`."""
     paths = sorted(OUT.glob("*/*/seed*.json"))
     return {name_of(path.with_suffix(""), OUT): read_json(path) for path in paths}
 
@@ -185,7 +185,7 @@ def plot():
     """Draw ways.png and kl.png.
 
     ways.png: accuracy over the number of ways, shaded between the seeds of a recipe. kl.png: the KL term and
-    the accuracy with other warm-ups.
+    the accuracy with several warm-ups.
     """
     import matplotlib
 
@@ -248,7 +248,7 @@ def save_figure(path, figure):
 
 
 class Parser(argparse.ArgumentParser):
-    """Say an error in one line."""
+    """Parse flags; print an error in one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -256,8 +256,8 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=["ways", "test", "train", "ours", "active", "plot"], help="see above")
-    names = "ways, test: folders of results/; train, ours: names of TRAIN, OURS (default: what a CPU can do)"
+    p.add_argument("what", choices=["ways", "test", "train", "ours", "active", "plot"], help="see docstring")
+    names = "ways, test: folders of results/; train, ours: names in TRAIN, OURS (default: all but slowest)"
     p.add_argument("names", nargs="*", help=names)
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()

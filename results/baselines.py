@@ -2,8 +2,8 @@
 
     python results/baselines.py simclr/prototypical/seed0    # features in data/imgnet, or --data-dir
 
-Nearest support mean looks at one query at a time. EM starts there and looks at the queries together: `adapt`
-of mixture.py on the features themselves. Writes baselines.json into the run's folder.
+Nearest support mean looks at one query at a time. EM starts there and looks at the queries together; it is
+`adapt` of mixture.py on the features themselves. Writes baselines.json into the run's folder.
 """
 
 import argparse

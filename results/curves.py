@@ -2,7 +2,8 @@
 
     python results/curves.py
 
-From the validations of metrics.jsonl. Ours decodes another target, so its reconstruction is not comparable.
+The points are the validations of metrics.jsonl. Ours decodes another target, so its reconstruction is not
+comparable.
 """
 
 import matplotlib.pyplot as plt

@@ -1,9 +1,9 @@
-"""Make of a run's shipped weights a folder that `omniglot/main.py --resume` continues.
+"""Make a folder that `omniglot/main.py --resume` continues from a run's shipped weights.
 
     python results/restart.py results/omniglot/published-5way/seed0 --out runs/published-5way
 
-A shipped run has no last.pt. This one starts with the weights of the last step, in the half precision in
-which they are kept; Adam's moments begin at zero and the draws anew, and config.json has the step under
+A shipped run has no last.pt. The new one starts with the weights of the last step, which are stored in half
+precision. Adam's moments start at zero and the random draws anew; config.json lists the step under
 `restarted`.
 """
 
@@ -50,8 +50,8 @@ def restart(run, out):
 
 def main():
     p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument("run", type=user_path, help="its folder, with weights of its last step")
-    p.add_argument("--out", type=user_path, required=True, help="folder to write, of this run alone")
+    p.add_argument("run", type=user_path, help="folder of a run, with weights of its last step")
+    p.add_argument("--out", type=user_path, required=True, help="output folder, for this run alone")
     args = p.parse_args()
     with program():
         restart(args.run, args.out)

@@ -1,9 +1,9 @@
-"""Make the tables of results in Markdown from the files in results/; no number in them is typed by hand.
+"""Make the tables of results in Markdown from the files in results/; none of our numbers is typed by hand.
 
     python results/table.py            # rewrites the tables of every README.md
     python results/table.py --check    # exit status 1 if they disagree with results/
 
-A run is a folder <experiment>/<recipe>/seed<N>. Those of simclr learned the features of mimgnet's, whose
+A run is a folder <experiment>/<recipe>/seed<N>. Runs of simclr made the features for runs of mimgnet, whose
 config.json says after how many epochs.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from ablations import BASE, OURS, OUT, TEST, TRAIN, name_of, other_ways, read_json, read_lines, tested
 
 RESULTS = Path(__file__).resolve().parent
-START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around a table that has a name
+START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around each named table
 HEADLINES = (  # in README.md
     "omniglot/published-5way", "omniglot/canonical", "omniglot/quick",
     "mimgnet/prototypical-512",
@@ -26,7 +26,7 @@ PUBLISHED = {  # accuracies in % of the paper's table (ICLR 2021)
     "omniglot": {"5way1shot": 94.92, "5way5shot": 97.09, "20way1shot": 82.21, "20way5shot": 90.61},
     "mimgnet": {"5way1shot": 42.82, "5way5shot": 55.73, "5way20shot": 63.14, "5way50shot": 68.26},
 }
-OTHERS = {  # published without labels; the best one, the last, stands in README.md too
+OTHERS = {  # published without labels; the last, the best one, is in README.md too
     "omniglot": {
         "PsCo (2023)": (96.37, 99.13, 89.60, 97.07),
         "UFLST (2020)": (97.03, 99.19, 91.28, 97.37),
@@ -38,7 +38,7 @@ OTHERS = {  # published without labels; the best one, the last, stands in README
         "best without labels: CPNWCP, Conv4 (2022)": (47.93, 66.44, 75.69, 78.20),
     },
 }
-RECIPE = {  # the published one, but for its length: the defaults of main.py
+RECIPE = {  # the published one without its length: the defaults of main.py
     "unsupervised_em_iters": 10, "em_start": "samples", "fix_pi": False, "no_set_attention": False,
     "kl_warmup_iters": 0, "kl_weight": 1.0, "decode_samples": None,
     "ema_decay": 0.0, "lr_schedule": "constant",
@@ -56,7 +56,7 @@ RECIPES = {"omniglot": RECIPE | OMNIGLOT, "mimgnet": RECIPE | MIMGNET}
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 SIMCLR = {"batch_size": 512, "view_size": 84}
-# What the fast recipe changes, and ours, whose decoder draws the character without its pose.
+# What the fast recipe changes, and what ours does, whose decoder draws characters without their pose.
 FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}
 CANONICAL = FAST | {"lr", "target", "warp", "kl_weight", "e_step", "eval_episodes"}
 
@@ -84,7 +84,7 @@ def read_runs():
 
 
 def recipe(experiment, run):
-    """Name the recipe: the published one, with what was run shorter, or another and what differs."""
+    """Name the recipe: the published one, with what was shortened, or another with what differs."""
     args, features = run["args"], run.get("features", {})
     expected = RECIPES[experiment] | {"sample_size": SET_SIZES[experiment, args["way"]]}
     # A flag that is newer than the run had its default.
@@ -113,7 +113,7 @@ def recipe(experiment, run):
 
 
 def encoder(features):
-    """Name the encoder that features.json describes; nothing for the published one of any length."""
+    """Name the encoder that features.json describes; an empty string for the published one, of any length."""
     if features.get("loss") == "prototypical":
         size = features.get("feature_size", SIMCLR["view_size"])
         of = "" if size == SIMCLR["view_size"] else f", features of {size} pixels"
@@ -179,7 +179,7 @@ def grid(header, rows):
 def rows(experiment, runs, detail=True):
     """List (recipe, {cell: accuracy and difference to the paper's}, run) of each of our runs.
 
-    First comes what nobody ran as published. In detail: with other classifiers on the features.
+    Published cells that were not run come first. `detail` adds other classifiers on the features.
     """
     paper, found = PUBLISHED[experiment], []
     for name, seeds in runs.items():
@@ -201,7 +201,7 @@ def rows(experiment, runs, detail=True):
 
 
 def table(names=None):
-    """Make a table for each data set: the paper's cells, and our runs of them or those of `names`."""
+    """Make a table for each data set: the paper's accuracies, and all our runs or those of `names`."""
     runs = read_runs()
     runs = runs if names is None else {name: runs[name] for name in names}
     parts = []
@@ -230,7 +230,7 @@ def ways_table():
 
 
 def test_ablations():
-    """Make a table for each run of what `results/ablations.py test` has found."""
+    """Make a table for each run with the results of `results/ablations.py test`."""
     parts = []
     for run, variants in tested().items():
         if TEST[0] in variants:
@@ -244,11 +244,11 @@ def test_ablations():
 
 
 def train_ablations():
-    """Make a table for each experiment of what `results/ablations.py train` has left."""
+    """Make a table for each experiment with the results of `results/ablations.py train`."""
     parts, active = [], read_json(OUT / "active.json")
     for experiment, trainings in TRAIN.items():
         folders = {OUT / name: flags for name, flags in trainings.items()}
-        if experiment == "mimgnet":  # Omniglot's with nothing changed is a training of its own
+        if experiment == "mimgnet":  # Omniglot has a training of its own with nothing changed
             folders = {RESULTS / "mimgnet/5way-fast/seed0": "", **folders}
         cells = [cell for cell in PUBLISHED[experiment] if cell.startswith("5way")]
         dimensions = ["dimensions used"] * (experiment == "omniglot")
@@ -273,9 +273,9 @@ def train_ablations():
 
 
 def our_ablations():
-    """Compare trainings of our recipe with one thing changed, in three seeds, by the same test episodes.
+    """Compare trainings of our recipe with one thing changed, over three seeds, on the same test episodes.
 
-    An interval is of the difference, episode by episode, of the means over the seeds.
+    An interval is that of the difference per episode, after averaging over the seeds.
     """
     cells, base, lines = ("5way1shot", "5way5shot"), {}, []
     folders = {"": RESULTS / "omniglot/quick", **{name: OUT / "ours" / name for name in OURS}}
@@ -329,7 +329,7 @@ def demo():
 
 
 def speed_table(path):
-    """Make a table of a file of bench.py, and of the file from before a change where there is one.
+    """Make a table of a file of bench.py, with times from before a change if there is such a file.
 
     "products alone" is the speed-up there would be if our matrix products alone took time.
     """

@@ -35,7 +35,7 @@ def run(folder, flags):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--out", type=Path, default=ROOT / "runs/quick", help="a folder of runs, not there yet")
+    p.add_argument("--out", type=Path, default=ROOT / "runs/quick", help="new folder for the runs")
     args, flags = p.parse_known_args()  # the others are main.py's, e.g. --data-dir
     runs = [run(args.out.resolve() / f"seed{n}", ["--seed", str(n), *flags]) for n in args.seeds]
     print(f"\n{'seed':>5}  {'seconds':>7}  " + "  ".join(PAPER))

@@ -1,7 +1,7 @@
 """Images as one uint8 tensor on the device; random views of a batch by batched tensor operations.
 
-The random numbers of a view are few and are drawn on the CPU: the same views on every device, and the numbers
-of images that each operation gets are known without waiting for a GPU.
+The random numbers of a view are few and are drawn on the CPU: the views are the same on every device, and the
+number of images in each operation is known without waiting for a GPU.
 """
 
 import math
@@ -16,10 +16,10 @@ from machine import UserError
 from parallel import share, world
 
 SIZE = 84
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop's area to the image's, of its width to its height
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # crop's area / image's area, crop's width / height
 # Factors of brightness, contrast and saturation from 1 - JITTER to 1 + JITTER; shift of hue in turns.
 JITTER, HUE = 0.8, 0.2
-STRENGTH = SCALE[0], JITTER, HUE  # what a caller may choose of the views: crop_scale, jitter, hue
+STRENGTH = SCALE[0], JITTER, HUE  # what a caller may change: crop_scale, jitter, hue
 P_FLIP, P_JITTER, P_GREY = 0.5, 0.8, 0.2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in [0, 1]
 GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B, as torchvision has them
@@ -94,9 +94,9 @@ def check_episodes(data_dir, split, images, ways, shots, query):
 
 
 def check_apart(data_dir, splits):
-    """Check that no class, and at most 1 % of the images, of a split are in another one. Raises UserError.
+    """Check that no two splits share a class or more than 1 % of their images. Raises UserError.
 
-    A few are in Mini-ImageNet (6 of 9,600 in val). Equal images of one split, as blank ones, count once.
+    Mini-ImageNet shares a few (6 of 9,600 in val). Equal images of one split, such as blank ones, count once.
     """
     sets = {}
     for name, images in splits.items():
@@ -126,7 +126,7 @@ def draw_episodes(features, way, shot, query, count, seed):
 def epoch_order(images, seed, epoch):
     """Return the order in which an epoch (from 0) sees the images.
 
-    Of its number alone, so it needs no state.
+    It depends on the seed and the epoch alone, so it needs no state.
     """
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     return torch.randperm(len(images), generator=generator)
@@ -142,8 +142,8 @@ def uniform(shape, low, high, generator):
 def draw_crops(count, generator, crop_scale=SCALE[0]):
     """Draw boxes of a random resized crop in whole pixels, left, top, width, height: (count, 4), float32.
 
-    As torchvision's RandomResizedCrop: area (of the image's, from crop_scale) and log ratio uniform, up to
-    ten tries, then the whole image.
+    As torchvision's RandomResizedCrop: the share of the image's area (at least crop_scale) and the log ratio
+    are uniform; after ten failed tries it is the whole image.
     """
     area = SIZE**2 * uniform((count, 10), crop_scale, SCALE[1], generator)
     ratio = uniform((count, 10), math.log(RATIO[0]), math.log(RATIO[1]), generator).exp()
@@ -158,7 +158,7 @@ def draw_crops(count, generator, crop_scale=SCALE[0]):
 
 
 def draw_jitter(count, generator, strength=JITTER, hue=HUE):
-    """Draw colour jitter: factors of the four OPERATIONS and their order, (count, 4), -1 in rows left alone.
+    """Draw colour jitter: factors and order of the four OPERATIONS, (count, 4); order -1: no jitter.
 
     As torchvision's ColorJitter: factors within `strength` of 1, none negative; hue within `hue` of 0.
     """
@@ -173,12 +173,12 @@ def draw_jitter(count, generator, strength=JITTER, hue=HUE):
 
 
 def crop(images, boxes, flip, size=SIZE):
-    """Cut boxes of uint8 images (N, 84, 84, 3), mirrored where flip (N,): -> (N, 3, size, size) in [0, 1].
+    """Crop boxes of uint8 images (N, 84, 84, 3), mirrored where flip (N,): -> (N, 3, size, size) in [0, 1].
 
-    Bilinear inside the box, whose last pixels continue at its edge. At the published size no box is larger
-    than the result, so nothing is shrunk and an antialiasing filter would be the identity; a smaller result
-    has none either. grid_sample on channels-last images is the fastest of the forms tried on a CPU: twice as
-    fast as two matrix products with the separable weights.
+    It is bilinear inside the box and repeats the pixels at its edge. At the published size no box is larger
+    than the result, so an antialiasing filter would change nothing; smaller results are not antialiased
+    either. grid_sample on channels-last images was the fastest form tried on a CPU: twice as fast as two
+    matrix products with the separable weights.
     """
     left, top, width, height = boxes.unsqueeze(-1).unbind(1)  # each (N, 1)
     centre = (torch.arange(size, device=images.device) + 0.5) / size
@@ -216,10 +216,9 @@ def adjust_saturation(x, factor):
 
 def adjust_hue(x, factor):
     """Turn the hue of HSV by `factor` turns: with V = max, C = max - min and hue h in turns, a channel is
-    V - C clamp(2 - 6 d, 0, 1), d the way around the circle from h to n / 6, n = 3, 5, 1 for R, G, B.
+    V - C clamp(2 - 6 d, 0, 1), d the distance on the circle from h to n / 6, n = 3, 5, 1 for R, G, B.
 
-    Selects by masks of 0 and 1, goes around by rounding: on a CPU `where` and `%` take several times as
-    long.
+    It uses masks of 0 and 1 for `where` and rounding for `%`, which take several times as long on a CPU.
     """
     r, g, b = x.unbind(1)
     value = x.amax(1)
@@ -243,11 +242,10 @@ def send(x, device):
 
 
 def jitter(x, factors, order):
-    """Jitter colours, perhaps in place: image i gets OPERATIONS[order[i, 0]], order[i, 1], ...; none where
-    -1.
+    """Jitter colours, perhaps in place: image i gets OPERATIONS[order[i, 0]], order[i, 1], ...; -1: none.
 
-    factors, order (N, 4) on the CPU. At each position the images due for the same operation go through it
-    together, so that every image pays for four operations, whatever its order.
+    factors, order (N, 4) on the CPU. At each position the images with the same operation go through it
+    together, so that an image costs four operations, whatever its order.
     """
     for position in order.unbind(1):
         for i, operation in enumerate(OPERATIONS):
@@ -278,10 +276,10 @@ def draw_views(count, generator, strength=STRENGTH):
 
 
 def together(order, device):
-    """Split the views, by their order of the colour operations (count, 4), into parts to be made at once.
+    """Split views by their order of colour operations (count, 4) into parts to make at once: index lists.
 
-    Lists indices. On a CPU the views of a part have the same order, so that none has to be picked out for an
-    operation, and are few, for its caches.
+    On a CPU the views of a part share one order, so that none has to be picked out for an operation, and a
+    part is small enough for the caches.
     """
     if device.type != "cpu":
         return [torch.arange(len(order))]
@@ -298,10 +296,10 @@ def make_views(images, boxes, flip, factors, order, grey, size=SIZE):
 
 
 def training_views(images, generator, size=SIZE, views=2, strength=STRENGTH):
-    """Make normalised views, all first ones first: uint8 (N, 84, 84, 3) -> (views * N, 3, size, size).
+    """Make normalised views: uint8 (N, 84, 84, 3) -> (views * N, 3, size, size), all first views first.
 
-    SimCLR's views without blur (released code): random resized crop, flip, colour jitter, greyscale. Of
-    several processes each has its share of the images, and draws for all of them.
+    SimCLR's views without blur (released code): random resized crop, flip, colour jitter, greyscale. With
+    several processes each one has its share of the images, but draws for all of them.
     """
     draws = draw_views(views * len(images) * world(), generator, strength)
     draws = [share(draw.unflatten(0, (views, -1)), 1).flatten(0, 1) for draw in draws]
@@ -314,15 +312,15 @@ def training_views(images, generator, size=SIZE, views=2, strength=STRENGTH):
 
 
 def plain_views(images, size=SIZE):
-    """Normalise whole images, as features are made from: uint8 (N, 84, 84, 3) -> (N, 3, size, size)."""
+    """Normalise whole images, to make features from: uint8 (N, 84, 84, 3) -> (N, 3, size, size)."""
     x = normalise(images.permute(0, 3, 1, 2).float() / 255)
     return x if size == SIZE else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 def contact_sheet(images, views, generator, size=SIZE, strength=STRENGTH):
-    """Make a picture of what the encoder learns from: a row an image, beside `views` random views of it.
+    """Make a picture of training views: each row is an image and `views` random views of it.
 
-    uint8 (N, 84, 84, 3) -> uint8 (N * 84, (1 + views) * 84, 3), views of another size scaled to this one.
+    uint8 (N, 84, 84, 3) -> uint8 (N * 84, (1 + views) * 84, 3), views of another size scaled to 84 pixels.
     """
     count = len(images)
     x = make_views(images.repeat_interleave(views, 0), *draw_views(count * views, generator, strength), size)

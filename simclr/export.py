@@ -1,4 +1,4 @@
-"""What is made of a trained encoder: feature files for Meta-GMVAE, and how good the features are alone."""
+"""Use a trained encoder: write feature files for Meta-GMVAE, and test the features alone."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from parallel import rank
 from runtime import load_checkpoint, save_checkpoint, write_json
 
 SPLITS = ("train", "val", "test")
-SHOTS, BEST_SHOT = (1, 5), 5  # of validations; best.pt is the best at the latter: its accuracy varies less
+SHOTS, BEST_SHOT = (1, 5), 5  # of validations; best.pt is the best at 5 shots, which vary less
 TEST_SEED = 2  # of the episodes: the same for every run
 PREPARE = HERE.parent / "data/imgnet/prepare.py"
 
@@ -28,7 +28,7 @@ PREPARE = HERE.parent / "data/imgnet/prepare.py"
 def encode_all(encoder, images, size, name=None):
     """Encode whole images (classes, n, 84, 84, 3), uint8, scaled to `size` pixels -> (classes, n, width).
 
-    In evaluation mode and in float32 whatever the training's precision, so that a checkpoint gives the same
+    It runs in evaluation mode and in float32, whatever the training's precision: a checkpoint gives the same
     features on every machine. cuDNN does not search for the fastest kernels: it might find others next time.
     """
     encoder.eval()
@@ -42,7 +42,7 @@ def encode_all(encoder, images, size, name=None):
 
 
 def checksum(encoder):
-    """Return a checksum of its weights, which tells one encoder's features from another's."""
+    """Return a checksum of the weights, to tell one encoder's features from another's."""
     return zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in encoder.state_dict().values()))
 
 
@@ -59,14 +59,14 @@ def export(splits, device, args):
     if not all(h.isfinite().all() for h in features.values()):
         raise UserError(f"{path}: features that are NaN or infinite found, finite ones expected")
     sums = {}
-    for name, h in features.items():  # all are written before the first takes its name
+    for name, h in features.items():  # all are written before the first is renamed
         array, buffer = h.flatten(0, 1).cpu().numpy(), io.BytesIO()
         np.save(buffer, array)
         write(folder / f".{name}_features.npy", buffer.getbuffer())
         sums[name] = zlib.crc32(array)
     about = {"epoch": checkpoint.get("epoch"), "training": checkpoint.get("training", {})}
     counts = {name: images.shape[1] for name, images in splits.items()}
-    (folder / "features.json").unlink(missing_ok=True)  # not beside features of another encoder for a moment
+    (folder / "features.json").unlink(missing_ok=True)  # never beside another encoder's features
     for name, h in features.items():
         (folder / f".{name}_features.npy").replace(folder / f"{name}_features.npy")
         print(f"{folder / name}_features.npy  {h.shape[:2].numel()} images, {h.shape[-1]} features")
@@ -80,7 +80,7 @@ def export(splits, device, args):
 
 
 def probe(features, args):
-    """Print the baseline on test features, standardised on training features; write it to test.json."""
+    """Test logistic regression on test features, standardised by training features; write test.json."""
     standard = standardise(features["test"], features["train"])
     results = evaluate(standard, logistic_regression, args.test_shot, TEST_SEED, args)
     for name, r in results.items():
@@ -89,10 +89,10 @@ def probe(features, args):
 
 
 def prepared(args):
-    """Find the arrays: in --data-dir, or <save-dir>/data, made of the images and CSVs in --data-dir.
+    """Return the folder of arrays: --data-dir, or <save-dir>/data, made from --data-dir's images and CSVs.
 
-    Made again if those there are of other images, unless a run has been trained on them; of arrays in
-    --data-dir that say what they were made from, what lies beside them has to be it. Raises UserError.
+    Arrays made from other images are made again, unless a run has been trained on them. Arrays in --data-dir
+    that record their source have to match the images beside them. Raises UserError.
     """
     arrays = (args.data_dir / "train.npy").exists()
     csvs = [(args.data_dir / f"{split}.csv").exists() for split in SPLITS]
@@ -137,7 +137,7 @@ def load_splits(args):
 
 
 def check_probe():
-    """Check that scikit-learn is there, before the training that it is to follow. Raises UserError."""
+    """Check before training that scikit-learn is installed. Raises UserError."""
     try:
         import sklearn  # noqa: F401
     except ImportError:
@@ -147,7 +147,7 @@ def check_probe():
 
 
 def check_feature_dir(folder):
-    """Make the folder before the training whose features it is to receive. Raises UserError."""
+    """Make the folder for features before training starts. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,4 +1,4 @@
-"""How good features are: few-shot classifiers that only look at them, and their accuracy over episodes."""
+"""Measure how good features are: few-shot classifiers on them, and their accuracy over episodes."""
 
 import sys
 
@@ -10,7 +10,7 @@ from dataloader import draw_episodes
 
 
 def standardise(features, reference):
-    """Take the mean out of each feature and divide by the standard deviation, as `reference` has them."""
+    """Subtract each feature's mean in `reference` and divide by its standard deviation there."""
     mean, std = reference.flatten(0, -2).mean(0), reference.flatten(0, -2).std(0)
     return (features - mean) / std.clamp_min(1e-6)
 

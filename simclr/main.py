@@ -4,13 +4,13 @@
 
 The published recipe is the default; recipes/ holds it and others, as files of flags. `--feature-save-dir`
 receives train_features.npy, val_features.npy, test_features.npy and features.json, which says what made them;
-`--save-dir` config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and, with
---probe, test.json. README.md has the data and the results.
+`--save-dir` receives config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and
+test.json (with --probe). README.md has the data and the results.
 """
 
 import os
 
-# Huge pages for large CPU tensors; torch reads it at its first allocation.
+# Use huge pages for large CPU tensors; torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import io
@@ -42,7 +42,7 @@ DESCRIBED = ("batch_size", "view_size", "loss", "views", "crop_scale", "jitter",
 def make_parser():
     """Make the parser; its defaults are the published recipe.
 
-    A resumed run may change the flags of "run" and "test"; an export has no use for "training".
+    A resumed run may change the flags of "run" and "test"; an export does not use those of "training".
     """
     count, several = number(int, 1, below=2**31), number(int, 2, below=2**31)
     natural, rate, share = number(int, 0, below=2**31), number(float, 0), number(float, 0, below=1)
@@ -50,38 +50,38 @@ def make_parser():
     p = Parser(description=__doc__.split("\n")[0])
     # fmt: off
     add = p.add_argument_group("run").add_argument
-    add("--data-dir", type=user_path, default=data, help="arrays, or images/ (or zips) with the CSVs")
-    add("--save-dir", type=user_path, default=Path("runs/default"), help="folder to write, of this run alone")
-    add("--feature-save-dir", type=user_path, help="for features; not given: data/imgnet")
+    add("--data-dir", type=user_path, default=data, help="folder of arrays, or of images/ (or zips) and CSVs")
+    add("--save-dir", type=user_path, default=Path("runs/default"), help="output folder, for this run alone")
+    add("--feature-save-dir", type=user_path, help="folder for features; not given: data/imgnet")
     add("--resume", action="store_true", help="continue the run in --save-dir, if there is one")
-    add("--export", choices=["best", "last"], default="last", help="epoch; best: on validation episodes")
+    add("--export", choices=["best", "last"], default="last", help="epoch; best: by validation accuracy")
     add("--export-only", action="store_true", help="write the features of --checkpoint, without training")
-    add("--checkpoint", type=user_path, help="encoder for --export-only; not given: of the run in --save-dir")
+    add("--checkpoint", type=user_path, help="encoder for --export-only; not given: that in --save-dir")
     add("--contact-sheet", type=user_path, metavar="PNG", help="save a picture of views, and stop")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--debug", action="store_true", help="try it: 2 epochs of 2 steps; features into --save-dir")
     add = p.add_argument_group("training").add_argument
     add("--hidden-size", type=count, default=64, help="channels; the features are 4 times as wide")
-    add("--loss", choices=["nt-xent", "prototypical"], default="nt-xent", help="of projections or features")
+    add("--loss", choices=["nt-xent", "prototypical"], default="nt-xent", help="on projections or features")
     add("--temperature", type=number(float, 1e-3), default=0.5, help="of the loss")
-    add("--batch-size", type=several, default=512, help="images a step; each gives --views views")
-    add("--views", type=several, default=2, help="views of an image a step; 2 for nt-xent")
+    add("--batch-size", type=several, default=512, help="images per step; each gives --views views")
+    add("--views", type=several, default=2, help="views per image and step; 2 for nt-xent")
     add("--view-size", type=number(int, 64, below=96), default=84, help="pixels of a view's side")
-    add("--crop-scale", type=share, default=SCALE[0], help="least share of the image in a crop")
+    add("--crop-scale", type=share, default=SCALE[0], help="smallest share of the image's area in a crop")
     add("--jitter", type=rate, default=JITTER, help="strength of brightness, contrast, saturation")
     add("--hue", type=share, default=HUE, help="largest shift of the hue, in turns")
     add("--train-epochs", type=count, default=400, help="passes; a --resume at a constant rate may raise it")
     add("--freq-epochs", type=count, default=5, help="epochs between validations")
     add("--lr", type=rate, default=1e-3, help="Adam's rate: constant, then a cosine to zero")
-    add("--constant-epochs", type=natural, default=10, help="before the rate falls")
+    add("--constant-epochs", type=natural, default=10, help="epochs before the rate falls")
     add("--weight-decay", type=rate, default=0.0, help="Adam's L2 penalty")
-    add("--seed", type=number(int, 0, below=2**31), default=0, help="of weights, order and views")
+    add("--seed", type=number(int, 0, below=2**31), default=0, help="for weights, order and views")
     add("--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is fast")
     add = p.add_argument_group("evaluation").add_argument
     larger = number(int, 64, below=1025)
-    add("--feature-size", type=larger, default=SIZE, help="pixels of an image's side for its features")
+    add("--feature-size", type=larger, default=SIZE, help="pixels of an image's side when features are made")
     add("--way", type=count, default=5, help="classes of an episode")
-    add("--query", type=count, default=15, help="query images a class")
+    add("--query", type=count, default=15, help="query images per class")
     add("--eval-episodes", type=count, default=1000, help="episodes of a validation or probe, for each shot")
     add = p.add_argument_group("test").add_argument
     add("--probe", action="store_true", help="logistic regression on test features; needs scikit-learn")
@@ -91,7 +91,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """Parse the command line and check what its flags ask of each other."""
+    """Parse the command line and check that its flags fit together."""
     p = make_parser()
     args = p.parse_args(argv)
     if args.checkpoint and not args.export_only:
@@ -115,7 +115,7 @@ def parse_args(argv=None):
 
 
 def learning_rate(epoch, args):
-    """Return Adam's rate after `epoch` epochs, a fraction within one: constant, then falling to zero."""
+    """Return Adam's rate after `epoch` epochs (fractions count): constant, then falling to zero."""
     falling = (epoch - args.constant_epochs) / max(args.train_epochs - args.constant_epochs, 1)
     return args.lr if falling <= 0 else 0.5 * args.lr * (1 + math.cos(math.pi * falling))
 
@@ -123,7 +123,7 @@ def learning_rate(epoch, args):
 def train_step(network, optimizer, x, rate, temperature, criterion=nt_xent, views=2):
     """Take a step of Adam on the loss of the views x (views * N, 3, size, size); return the loss.
 
-    Of several processes each has a share of the images, and the loss is of all.
+    With several processes each one has a share of the images, but the loss compares all of them.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -135,7 +135,7 @@ def train_step(network, optimizer, x, rate, temperature, criterion=nt_xent, view
 
 
 def about(encoder, epoch, args):
-    """Return what every checkpoint says of its encoder: sizes, epochs, and what features.json repeats."""
+    """Return what every checkpoint says about its encoder: sizes, epochs, and settings for features.json."""
     training = {name: getattr(args, name) for name in DESCRIBED}
     return {"sizes": encoder.sizes, "epoch": epoch, "training": training}
 
@@ -154,7 +154,7 @@ def validate(encoder, images, epoch, step, history, args):
 def train(splits, device, bf16, config, stop, args):
     """Train to --train-epochs, from the start or from last.pt.
 
-    Once `stop` is not empty, leave after a checkpoint, with status 128 + signal.
+    Once `stop` is not empty, save a checkpoint and exit with status 128 + signal.
     """
     torch.manual_seed(args.seed)
     encoder = Encoder(args.hidden_size, bf16).to(device)
@@ -169,7 +169,7 @@ def train(splits, device, bf16, config, stop, args):
     parts = {"model": encoder, "projection": projection, "optimizer": optimizer, "generator": generator}
 
     last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
-    steps = 2 if args.debug else len(images) // args.batch_size  # of an epoch; the rest waits for another
+    steps = 2 if args.debug else len(images) // args.batch_size  # of an epoch; left-over images are skipped
     total = steps * args.train_epochs
     progress = restore(parts, last, {"step": 0, "seconds": 0.0, "history": []})
     start = step = progress["step"]
@@ -180,7 +180,7 @@ def train(splits, device, bf16, config, stop, args):
     first = rank() == 0  # it validates and writes
     if first:
         write_json(args.save_dir / "config.json", config)
-    if first and start:  # a kill may have come between last.pt and it
+    if first and start:  # a kill may have come after last.pt, before this
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
@@ -217,7 +217,7 @@ def train(splits, device, bf16, config, stop, args):
             save_checkpoint(last, snapshot(parts) | progress | about(encoder, step // steps, args))
             write_metrics(args.save_dir, history)
             saved = time.monotonic()
-        if validating:  # said once it is saved
+        if validating:  # printed once it is saved
             for name, r in results.items():
                 log.add_scalar(f"validation/{name}", r["accuracy"], step)
             said = "  ".join(f"{name} {r['accuracy']:.2f} ± {r['ci95']:.2f}" for name, r in results.items())
@@ -257,7 +257,7 @@ def main():
         config = describe_run(of_args, device, precision, splits)
         splits = {name: images.to(device) for name, images in splits.items()}
         print(f"{config['device']}, {'exporting' if args.export_only else 'training'} in {precision}")
-        if args.export_only:  # refused before anything is written
+        if args.export_only:  # a bad one is refused before anything is written
             load_model(args.checkpoint or args.save_dir / f"{args.export}.pt")
         if args.checkpoint:
             write_json(args.save_dir / "config.json", open_folder(args.save_dir, config, testing=True))

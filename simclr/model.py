@@ -62,8 +62,8 @@ def projection_head(hidden_size=64):
 def nt_xent(z, temperature):
     """Return NT-Xent, the loss of 2 N views, in nats a view (SimCLR, ICML 2020, equation 1).
 
-    z (2 N, width), float32: rows i and i + N are views of the same image. Of each view the other one is to be
-    found among the 2 N - 1 others by cosine similarity / temperature.
+    z (2 N, width), float32: rows i and i + N are views of the same image. Each view has to find its other
+    view among the 2 N - 1 others by cosine similarity / temperature.
     """
     z = F.normalize(z, dim=-1)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # a view is no candidate for itself
@@ -86,7 +86,7 @@ def prototypical(h, views, temperature):
     return F.cross_entropy(logits.view(-1, n), image.flatten(), ignore_index=-100)
 
 
-PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
+PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # from DataParallel and torch.compile
 
 
 def load_model(path):

@@ -1,4 +1,4 @@
-"""What keeps a run safe and repeatable: files, checkpoints, its folder. The same in every folder."""
+"""Keep a run safe and repeatable: files, checkpoints, its folder. The same file in every folder."""
 
 import io
 import json
@@ -54,9 +54,9 @@ def snapshot(parts):
 
 
 def restore(parts, path, progress):
-    """Load the parts from a last.pt, if there is one, and return what it holds in place of `progress`.
+    """Load the parts from a last.pt and return its progress; return `progress` if there is no last.pt.
 
-    Raises UserError if it is another program's, or of a device whose random numbers cannot go on here.
+    Raises UserError if another program wrote it, or a device whose generator state does not fit this one.
     """
     if not path.exists():
         return progress
@@ -71,9 +71,9 @@ def restore(parts, path, progress):
 
 
 def describe_run(args, device, precision, arrays):
-    """Say what made a run, for config.json: command, flags, precision, device, versions, commit, data.
+    """Describe a run for config.json: command, flags, precision, device, versions, commit, data.
 
-    args {name: value}; arrays {split: tensor on the CPU}, of which it keeps shapes and checksums.
+    args {name: value}; arrays {split: tensor on the CPU}: their shapes and checksums are kept.
     """
     describe = "git describe --always --dirty --abbrev=40 --exclude=*"  # -dirty: files differ from the commit
     try:
@@ -106,7 +106,7 @@ def read_config(folder):
 
 
 def differences(config, before, free):
-    """Say in one line in what two runs differ, but for the `free` flags; nothing if in nothing."""
+    """Return a line on how two runs differ, without the `free` flags; empty if they do not differ."""
     facts = []
     for c in (config, before):
         flags = {f"{name}: ": value for name, value in c["args"].items() if name not in free}
@@ -118,22 +118,22 @@ def differences(config, before, free):
 
 
 def say_other_data(place, data):
-    """Print a line if `data`, as `describe_run` has them, are not those of the run at a place."""
+    """Print a line if `data`, from `describe_run`, are not those of the run at `place`."""
     folder = place if place.is_dir() else place.parent
     try:
         trained_on = read_config(folder).get("data", {})
         other = [split for split, of in data.items() if trained_on.get(split, of) != of]
     except (UserError, AttributeError):
-        return  # weights beside something else
+        return  # beside the weights lies something else
     if other:
         print(f"other {', '.join(other)} data than those of the run in {folder}, as its config.json says")
 
 
 def open_folder(folder, config, resume=False, free=(), testing=False):
-    """Open the folder of a run for this process alone; return the config.json to write there.
+    """Lock the folder of a run for this process; return the content of its config.json.
 
-    A resumed run keeps its first one, adds this time to `resumed`, and only the `free` flags may differ. What
-    ended before its first checkpoint counts as nothing, a test replaces a test. Raises UserError.
+    A resumed run may change the `free` flags only; its config.json lists the new start under `resumed`. A run
+    that ended before its first checkpoint is replaced; a test replaces a test. Raises UserError.
     """
     before, last = read_config(folder), folder / "last.pt"
     signs = ("last.pt", "metrics.jsonl") if testing else ("last.pt", "metrics.jsonl", "test.json")
@@ -153,19 +153,19 @@ def open_folder(folder, config, resume=False, free=(), testing=False):
     except BlockingIOError:
         raise UserError(f"--save-dir: {folder} is written by another process, another expected") from None
     except OSError as error:
-        if not folder.is_dir():  # else a file system without locks
+        if not folder.is_dir():  # otherwise the file system has no locks
             raise UserError(f"--save-dir: {folder} is no folder to write to ({error.strerror})") from None
-    if testing:  # if it is interrupted, no earlier numbers stand beside its config.json
+    if testing:  # if interrupted, it leaves no earlier numbers beside its config.json
         (folder / "test.json").unlink(missing_ok=True)
     if not held:
         return config
-    say_other_data(folder, config["data"])  # those of the test may differ
+    say_other_data(folder, config["data"])  # the test data may differ
     again = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
     return before | {"args": config["args"], "resumed": [*before.get("resumed", []), again]}
 
 
 class Log:
-    """Losses, read from the device many steps at a time; their curves, given a folder and tensorboard."""
+    """Losses, read from the device many steps at once; drawn by TensorBoard if there is a folder."""
 
     def __init__(self, folder, names, parameters, step, hint=""):
         self.names, self.parameters, self.pending, self.hint = names, list(parameters), [], hint
@@ -183,7 +183,7 @@ class Log:
         self.pending.append(torch.stack(terms).detach())
 
     def flush(self, step):
-        """Return the last losses, those of `step`, as {name: float}; draw all since the last time.
+        """Return the losses of `step`, the latest, as {name: float}; draw all since the last call.
 
         Raises UserError for a loss or a weight that is not finite.
         """

@@ -61,9 +61,9 @@ def read(path, size):
 
 
 def find_ground(borders):
-    """Say if the ground is light or dark: borders (classes, pictures).
+    """Return whether the ground is "light" or "dark": borders (classes, pictures).
 
-    Raises SourceError if under nine in ten pictures agree, or a class mostly differs from the others.
+    Raises SourceError if fewer than nine in ten pictures agree, or most of a class differs from the others.
     """
     light = np.asarray(borders) > 127
     other = abs(light.mean(1) - light.mean().round()) > 0.5
@@ -91,7 +91,7 @@ def check_apart(sums):
 def prepare(source, size, seed, ground, folder):
     """Write the large arrays into `folder`.
 
-    -> ({file name: array, or the path of a large one}, {split: class names}, lines that say what was decided)
+    -> ({file name: array, or the path of a large one}, {split: class names}, lines on what was decided)
     """
     classes = find_classes(source)
     counts = {name: len(files) for name, files in classes.items()}
@@ -143,12 +143,12 @@ def prepare(source, size, seed, ground, folder):
 def parse_args():
     parser, here = Parser(__doc__), Path(__file__).resolve().parent
     parser.add_argument("--source", type=user_path, required=True, help="folder of class folders of pictures")
-    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--out", type=user_path, default=here, help="arrays' folder (default: the script's)")
     parser.add_argument("--for", dest="experiment", choices=["omniglot", "simclr"], default="omniglot",
-                        help="who reads them (default: omniglot)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the split into classes (default: 0)")
+                        help="experiment that reads them (default: omniglot)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     parser.add_argument("--ground", choices=["light", "dark"],
-                        help="the pictures' ground, for omniglot (default: as their borders)")  # fmt: skip
+                        help="the pictures' ground, for omniglot (default: from their borders)")  # fmt: skip
     return parser.parse_args()
 
 

@@ -1,11 +1,11 @@
-"""Invented characters -> train.npy, val.npy, test.npy and split.json, as of Omniglot; nothing to download.
+"""Invented characters -> train.npy, val.npy, test.npy, split.json in Omniglot's format; no download.
 
     python data/glyphs/prepare.py                   # 300 / 60 / 100 characters, a few seconds
     python data/glyphs/prepare.py --out DIR --seed 1 --train 1000
 
-A character is two to four smooth strokes; each of its 20 drawings has its own hand: jitter of the pen, slant,
-scale, place and thickness. Arrays are (characters, 20, 28, 28, 1) uint8, ink high. Every class is a character
-of its own, without Omniglot's rotations. The same seed gives the same bytes.
+A character is two to four smooth strokes; its 20 drawings differ in pen jitter, slant, scale, place and
+thickness. Arrays are (characters, 20, 28, 28, 1) uint8, ink high. Every class is a character of its own,
+without Omniglot's rotations. The same seed gives the same bytes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from common import Parser, program, user_path, write_all  # noqa: E402
 
 SPLITS = {"train": 300, "val": 60, "test": 100}  # characters
 DRAWINGS, SIZE = 20, 28
-KNOTS, POINTS = 6, 40  # of a stroke: where the hand may err, and where the pen is set down
+KNOTS, POINTS = 6, 40  # of a stroke: points that are jittered, and points that are inked
 
 
 def invent(rng):
@@ -59,7 +59,7 @@ def curve(knots):
 
 
 def draw(strokes, rng):
-    """Draw a character by twenty hands: (strokes, KNOTS, 2) -> (DRAWINGS, strokes * POINTS, 2) in pixels."""
+    """Draw 20 versions of a character: (strokes, KNOTS, 2) -> (DRAWINGS, strokes * POINTS, 2) in pixels."""
     n = len(strokes)
     wobble = rng.normal(0, 0.03, (DRAWINGS, n, KNOTS, 2))
     misplaced = rng.normal(0, 0.07, (DRAWINGS, n, 1, 2))
@@ -76,7 +76,7 @@ def draw(strokes, rng):
 
 
 def render(points, radius):
-    """Ink the pen's points, antialiased: (N, P, 2) and radius (N,) in pixels -> (N, SIZE, SIZE) uint8."""
+    """Draw the pen's points, antialiased: (N, P, 2) and radius (N,) in pixels -> (N, SIZE, SIZE) uint8."""
     centre = np.arange(SIZE, dtype=np.float32) + 0.5
     x, y = points.astype(np.float32)[..., None, :, 0], points.astype(np.float32)[..., None, :, 1]
     dx2, dy2 = (centre[:, None] - x) ** 2, (centre[:, None] - y) ** 2  # (N, SIZE, P)
@@ -87,7 +87,7 @@ def render(points, radius):
 def characters(split, count, seed, bar):
     """Yield the drawings of each character of a split: uint8 (20, 28, 28, 1).
 
-    Every character has a random stream of its own: more characters leave the others as they are.
+    Every character has a random stream of its own: asking for more does not change the others.
     """
     for i in range(count):
         rng = np.random.default_rng((seed, split, i))
@@ -109,8 +109,8 @@ def whole(low, high):
 
 def parse_args():
     parser, here = Parser(__doc__), Path(__file__).resolve().parent
-    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
-    parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of all that is drawn (default: 0)")
+    parser.add_argument("--out", type=user_path, default=here, help="arrays' folder (default: the script's)")
+    parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="seed of all drawings (default: 0)")
     for name, count in SPLITS.items():
         parser.add_argument(f"--{name}", type=whole(1, 100000), default=count,
                             help=f"characters in {name}.npy (default: {count})")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where the images that the CSVs name lie, loose or in zips, in the layouts that people have."""
+"""Find the images that the CSVs name, loose or in zips, in the layouts that people have."""
 
 import filecmp
 import os
@@ -17,15 +17,15 @@ DAMAGE = (  # what reading an image raises
 
 
 def keys(name):
-    """Give what a picture is found by: its name, that with any spelling of its suffix, its last part."""
-    name = unicodedata.normalize("NFC", name)  # macOS hands out NFD
+    """Return the keys of a picture: its name, its name with a normalised suffix, the last part of that."""
+    name = unicodedata.normalize("NFC", name)  # macOS gives NFD
     stem, dot, suffix = name.rpartition(".")
     suffix = suffix.lower().replace("jpeg", "jpg")
     return name, ("path", f"{stem}{dot}{suffix}"), ("last", f"{stem.rpartition('/')[2]}{dot}{suffix}")
 
 
 def walk(folder):
-    """Yield the files below `folder`, in links to folders as well, but not a folder in itself."""
+    """Yield the files below `folder`; follow links to folders, but not to a folder that contains them."""
     for root, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(root) + os.sep
         real = {name: os.path.realpath(f"{root}/{name}") + os.sep for name in sorted(folders)}
@@ -36,12 +36,12 @@ def walk(folder):
 
 
 def find_images(source):
-    """Find the images, {key: (zip file or None, path)}, and the problems met: zips that cannot be opened.
+    """Return the images, {key: (zip file or None, path)}, and the problems met, such as damaged zips.
 
     Reads `source`/images/ and every zip in `source`; the part of a zip's paths up to a folder `images/` does
-    not count. A loose file comes before a zipped one. Keys are those of `keys`; where two different files of
-    a kind have one key, a string that names both stands there. A zip without `images/` is known by its whole
-    paths alone if there is an `images/` elsewhere: it may hold masks.
+    not count. A loose file replaces a zipped one. The keys come from `keys`; if two different loose files, or
+    two zipped ones, share a key, its value is a string that names both. If there is an `images/` elsewhere,
+    the files of a zip without one have their whole paths as the only key: they may be masks.
     """
     loose, zipped, entries, problems = {}, {}, {}, []
     archives = sorted(path for path in source.iterdir() if path.suffix.lower() == ".zip")
@@ -75,10 +75,10 @@ def find_images(source):
 
 
 def place_images(rows, found):
-    """Place {split: [(filename, label)]}: {split: [place, None if missing, or a string naming two files]}.
+    """Find {split: [(filename, label)]}: {split: [place, None if missing, or a string naming two files]}.
 
-    A name without folder may lie in a subfolder, but only if none lies directly in `images/`: what else lies
-    deeper could be masks.
+    A name without a folder is looked for in subfolders, but only if no image lies directly in `images/`:
+    otherwise deeper files could be masks.
     """
 
     def look(filename, count):
@@ -96,7 +96,7 @@ def place_images(rows, found):
 
 
 def check_places(source, rows, places, found):
-    """List problems of what `place_images` gives: missing images, names of two files, files of two names."""
+    """List problems in `place_images`' result: missing images, names of two files, files of two names."""
     problems, owner = [], {}
     names = sorted(key for key in found if isinstance(key, str))
     beside = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
@@ -134,7 +134,7 @@ def check_places(source, rows, places, found):
 
 @lru_cache
 def open_zip(path, process):
-    """Open a zip once for each process: a forked one would share its parent's place in the file."""
+    """Open a zip once for each process: a forked one would share its parent's file position."""
     return zipfile.ZipFile(path)
 
 
@@ -145,7 +145,7 @@ def load(place):
 
 
 def checksum(rows, places):
-    """Sum up what arrays are made from: the images' files and labels in order; None if a file is damaged."""
+    """Return a checksum of the images' files and labels in order; None if a file is damaged."""
     found = 0
     try:
         for split, jobs in places.items():

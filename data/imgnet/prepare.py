@@ -66,9 +66,9 @@ def group_by_class(rows):
 
 
 def check_counts(rows):
-    """List problems of {split: [(filename, label)]} that need no image.
+    """List problems of {split: [(filename, label)]} that show without reading an image.
 
-    Those are repeated images, classes that differ in size or stand in two splits, and a short Mini-ImageNet.
+    They are repeated images, classes of different size or in two splits, and an incomplete Mini-ImageNet.
     """
     problems = []
     times = Counter(filename for split in rows.values() for filename, _ in split)
@@ -98,7 +98,7 @@ def check_counts(rows):
 
 
 def decode(place):
-    """Decode one image, in a process of the pool: (84, 84, 3) uint8, or a string that says why not."""
+    """Decode one image, in a process of the pool: (84, 84, 3) uint8, or the reason why not."""
     try:
         image = plain(Image.open(io.BytesIO(load(place)))).convert("RGB")
         if image.size != (SIZE, SIZE):  # antialiased by Pillow, as torchvision's Resize
@@ -109,9 +109,9 @@ def decode(place):
 
 
 def decode_all(places, folder):
-    """Decode {split: [place or None]} into <folder>/<split>.npy, image by image: all may not fit the memory.
+    """Decode {split: [place or None]} into <folder>/<split>.npy, image by image: they may not fit in memory.
 
-    -> ({split: [hash of an image]}, {split: [(index, reason)]} of the broken images, which are in neither).
+    -> ({split: [hash of an image]}, {split: [(index, reason)]} of the broken images, which are left out).
     """
     sums, broken = {split: [] for split in places}, {split: [] for split in places}
     # A stop from the keyboard goes to the parent alone, which ends the pool.
@@ -137,7 +137,7 @@ def decode_all(places, folder):
 def check_apart(rows, sums):
     """List problems of equal images in two splits: more than one in a hundred, or a whole class.
 
-    A few are in Mini-ImageNet. Equal images of one split count once. `sums` {split: [hash of each image]}.
+    Mini-ImageNet shares a few. Equal images of one split count once. `sums` {split: [hash of each image]}.
     """
     problems = []
     for pair in combinations(rows, 2):
@@ -155,7 +155,7 @@ def check_apart(rows, sums):
 
 
 def unchanged(out, facts, otherwise):
-    """Say if `out` was made from what `facts` say. Raises SourceError if not and `otherwise` is fail."""
+    """Tell if `out` was made from what `facts` say. Raises SourceError if not and `otherwise` is "fail"."""
     try:
         before = json.loads((out / "classes.json").read_text())
         known = {name: before[name] for name in facts if name in before}
@@ -167,7 +167,7 @@ def unchanged(out, facts, otherwise):
 
 
 def look(source):
-    """Find what to decode: -> (rows, class names, places, problems). Raises SourceError for the CSVs."""
+    """Find what to decode: -> (rows, class names, places, problems). Raises SourceError for unusable CSVs."""
     rows, classes, problems = {}, {}, []
     for split in SPLITS:
         try:
@@ -210,10 +210,10 @@ def parse_args():
     parser, here = Parser(__doc__), Path(__file__).resolve().parent
     parser.add_argument("--source", type=user_path, required=True,
                         help="folder with the three CSVs and images/ or zips of it")  # fmt: skip
-    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--out", type=user_path, default=here, help="arrays' folder (default: the script's)")
     parser.add_argument("--if-changed", choices=["again", "fail"],
-                        help="keep the arrays in --out if of this source; if not, so do; "
-                        "fail also keeps arrays beside the source that do not say")  # fmt: skip
+                        help="keep arrays in --out made from this source; make others again, or fail; "
+                        "fail also keeps arrays beside the source that do not record it")  # fmt: skip
     return parser.parse_args()
 
 

@@ -42,7 +42,7 @@ def download(folder):
 
 
 def is_drawing(path):
-    """Say whether a path is a PNG of Alphabet/characterNN/ and not one of the files that macOS adds."""
+    """Tell whether a path is a PNG of Alphabet/characterNN/ and not one of the files that macOS adds."""
     *folders, name = path.split("/")
     added = name.startswith("._") or "__MACOSX" in folders
     return len(folders) > 1 and name.lower().endswith(".png") and not added
@@ -144,7 +144,7 @@ def parse_args():
     parser, here = Parser(__doc__), Path(__file__).resolve().parent
     parser.add_argument("--source", type=user_path,
                         help="folder with the two archives or their folders (default: download)")  # fmt: skip
-    parser.add_argument("--out", type=user_path, default=here, help="where the arrays go (default: here)")
+    parser.add_argument("--out", type=user_path, default=here, help="arrays' folder (default: the script's)")
     return parser.parse_args()
 
 
