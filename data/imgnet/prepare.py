@@ -68,7 +68,7 @@ def group_by_class(rows):
 def check_counts(rows):
     """List problems of {split: [(filename, label)]} that show without reading an image.
 
-    They are repeated images, classes of different size or in two splits, and an incomplete Mini-ImageNet.
+    They are repeated images, classes of different size or in two splits, and a Mini-ImageNet of other counts.
     """
     problems = []
     times = Counter(filename for split in rows.values() for filename, _ in split)
