@@ -16,6 +16,7 @@ from ablations import BASE, OURS, OUT, TEST, TRAIN, name_of, other_ways, read_js
 
 RESULTS = Path(__file__).resolve().parent
 START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around each named table
+ALONE = "the same, inductive"  # how a row begins
 HEADLINES = (  # in README.md
     "omniglot/published-5way", "omniglot/canonical", "omniglot/quick",
     "mimgnet/prototypical-512",
@@ -65,10 +66,12 @@ CANONICAL = FAST | {"lr", "target", "warp", "kl_weight", "e_step", "eval_episode
 
 
 def read_run(folder):
-    """Read a run: its config.json, last validation and test, and baselines where there are some."""
+    """Read a run: config.json, last validation, test; baselines and the inductive test if there are any."""
     found = {"test": read_json(folder / "test.json"), "baselines": {}}
     if (folder / "baselines.json").exists():
         found["baselines"] = read_json(folder / "baselines.json")
+    if (folder / "inductive").exists():
+        found["inductive"] = read_json(folder / "inductive/test.json")
     return read_json(folder / "config.json") | read_lines(folder / "metrics.jsonl")[-1] | found
 
 
@@ -92,7 +95,7 @@ def recipe(experiment, run):
     if not changed:
         name = "published"
     elif changed.keys() == {"train_mc_sample_size"}:
-        name = f"published, trained with {changed['train_mc_sample_size']} Monte-Carlo samples"
+        name = f"published, {changed['train_mc_sample_size']} Monte-Carlo samples"
     elif changed.keys() == {"decode_samples"}:
         name = f"published, {changed['decode_samples']} of {args['train_mc_sample_size']} samples decoded"
     elif args.get("target") == "canonical" and changed.keys() <= CANONICAL:
@@ -116,8 +119,8 @@ def encoder(features):
     """Name the encoder that features.json describes; an empty string for the published one, of any length."""
     if features.get("loss") == "prototypical":
         size = features.get("feature_size", SIMCLR["view_size"])
-        of = "" if size == SIMCLR["view_size"] else f", features of {size} pixels"
-        return f"a prototypical encoder, {features['batch_size']} x {features['views']} views{of}"
+        of = "" if size == SIMCLR["view_size"] else f", {size} pixels"
+        return f"prototypical encoder, {features['batch_size']} x {features['views']} views{of}"
     found = {name: features.get(name, value) for name, value in SIMCLR.items()}  # older ones say less
     sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
     return "" if found == SIMCLR else sizes
@@ -164,6 +167,8 @@ def compare(tests, paper):
         if all(cell in test for test in tests):
             mean, each = score(tests, cell)
             texts[cell] = f"{mean:.2f} ({mean - published:+.2f})<br>{each}"
+            if len(tests) == 1:
+                texts[cell] = f"{each} ({mean - published:+.2f})"
     return texts
 
 
@@ -192,6 +197,8 @@ def rows(experiment, runs, detail=True):
         else:
             continue
         found.append((how, compare([run["test"] for run in seeds], paper), describe(name, seeds)))
+        if "inductive" in seeds[0]:
+            found.append((f"{ALONE}: no EM, no set attention", compare([seeds[0]["inductive"]], paper), ""))
         for other in seeds[0]["baselines"] if detail else ():
             scores = compare([run["baselines"][other] for run in seeds], paper)
             found.append((how.replace("logistic regression", other), scores, link(name)))
@@ -213,7 +220,7 @@ def table(names=None):
         others = [[name, "alone", *(f"{cell:.2f}" for cell in cells), ""] for name, cells in others]
         lines += others if names is None else others[-1:]
         for how, scores, run in rows(experiment, runs, detail=names is None):
-            queries = "alone" if how.startswith("baseline") and "EM" not in how else "together"
+            queries = "alone" if how.startswith(("baseline", ALONE)) and "EM on" not in how else "together"
             lines.append([how, queries, *(scores.get(cell, "") for cell in paper), run])
         parts.append(grid(header, lines))
     return "\n\n".join(parts)

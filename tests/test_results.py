@@ -53,7 +53,7 @@ def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
     assert published[1].keys() == {"5way1shot", "5way5shot"}
     assert fast[0] == "fast" and "50 steps in 90 s" in fast[2]
     assert fast[1] == {
-        "20way1shot": "80.00 (-2.21)<br>80.00 ± 0.50", "20way5shot": "90.00 (-0.61)<br>90.00 ± 0.50",
+        "20way1shot": "80.00 ± 0.50 (-2.21)", "20way5shot": "90.00 ± 0.50 (-0.61)",
     }  # fmt: skip
 
 
