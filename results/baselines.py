@@ -1,9 +1,10 @@
-"""Test few-shot classifiers on Mini-ImageNet's features alone: what Meta-GMVAE adds to them.
+"""Test few-shot classifiers without Meta-GMVAE: what the VAE adds to what it is given.
 
-    python results/baselines.py simclr/prototypical/seed0    # features in data/imgnet, or --data-dir
+    python results/baselines.py simclr/prototypical/seed0    # on features in data/imgnet, or --data-dir
+    python results/baselines.py omniglot                     # on the drawings in data/omniglot: no training at all
 
 Nearest support mean looks at one query at a time. EM starts there and looks at the queries together; it is
-`adapt` of mixture.py on the features themselves. Writes baselines.json into the run's folder.
+`adapt` of mixture.py on the features or pixels themselves. Writes baselines.json into results/<run>.
 """
 
 import argparse
@@ -14,42 +15,59 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(RESULTS.parent / "mimgnet"))
-from dataloader import draw_episodes  # noqa: E402
+sys.path.insert(0, str(RESULTS.parent / "omniglot"))
+from dataloader import as_float, draw_episodes, load_split  # noqa: E402
 from evaluate import TEST_SEED, summary  # noqa: E402
 from machine import program  # noqa: E402
 from mixture import classify  # noqa: E402
+from pose import canonical, pose  # noqa: E402
 from runtime import write_json  # noqa: E402
 
 CLASSIFIERS = {"nearest mean": 0, "EM": 10}  # EM iterations
 QUERY, EPISODES, IMAGES = 15, 1000, 600
+CELLS = {"omniglot": ([5, 20], [1, 5]), "simclr": ([5], [1, 5, 20, 50])}  # ways, shots
 
 
-def accuracies(features, shot, iters):
-    """Return the accuracy of each 5-way episode, in percent; features (classes, images of a class, width)."""
-    episodes = draw_episodes(features, 5, shot, QUERY, EPISODES, TEST_SEED)
-    labels, found = torch.arange(5).repeat_interleave(QUERY), []
-    for index in episodes.split(50):
+def accuracies(features, way, shot, iters):
+    """Return the accuracy of each episode, in percent; features (classes, images of a class, width)."""
+    episodes = draw_episodes(features, way, shot, QUERY, EPISODES, TEST_SEED)
+    labels, found = torch.arange(way).repeat_interleave(QUERY), []
+    for index in episodes.split(100 // way):
         h = features.flatten(0, 1)[index].unsqueeze(3)  # (B, way, members, 1, width): one sample an image
         chosen = classify(h[:, :, :shot], h[:, :, shot:].flatten(1, 2), iters).argmax(-1)
         found.append(100 * (chosen == labels).float().mean(-1))
     return torch.cat(found)
 
 
+def standardised(folder):
+    """Load test features, standardised by the training features: (classes, images of a class, width)."""
+    train, test = (torch.from_numpy(np.load(folder / f"{name}_features.npy")) for name in ("train", "test"))
+    return ((test - train.mean(0)) / train.std(0).clamp_min(1e-6)).unflatten(0, (-1, IMAGES))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("run", help="folder of results/ whose encoder made the features")
-    data_dir = RESULTS.parent / "data/imgnet"
-    p.add_argument("--data-dir", type=Path, default=data_dir, help="folder of the features")
+    p.add_argument("run", help="omniglot, or a folder of results/ whose encoder made the features")
+    p.add_argument("--data-dir", type=Path, help="folder of the arrays or features, if not in data/")
     args = p.parse_args()
     with program():
-        paths = (args.data_dir / f"{split}_features.npy" for split in ("train", "test"))
-        train, test = (torch.from_numpy(np.load(path)) for path in paths)
-        features = ((test - train.mean(0)) / train.std(0).clamp_min(1e-6)).unflatten(0, (-1, IMAGES))
-        cells = {}
-        for name, iters in CLASSIFIERS.items():
-            cells[name] = {f"5way{s}shot": summary(accuracies(features, s, iters)) for s in (1, 5, 20, 50)}
-            print(name, *(f"{cell['accuracy']:.2f} ± {cell['ci95']:.2f}" for cell in cells[name].values()))
+        experiment, cells = args.run.split("/")[0], {}
+        if experiment == "omniglot":
+            x = as_float(load_split(args.data_dir or RESULTS.parent / "data/omniglot", "test"))
+            inputs = {"the drawings": x, "drawings without their pose": canonical(x, pose(x))}
+            inputs = {f" on {name}": images.flatten(2) for name, images in inputs.items()}
+        else:
+            inputs = {"": standardised(args.data_dir or RESULTS.parent / "data/imgnet")}
+        ways, shots = CELLS[experiment]
+        for of, features in inputs.items():
+            for name, iters in CLASSIFIERS.items():
+                found = {
+                    f"{way}way{shot}shot": summary(accuracies(features, way, shot, iters))
+                    for way in ways
+                    for shot in shots
+                }
+                cells[name + of] = found
+                print(name + of, *(f"{cell['accuracy']:.2f} ± {cell['ci95']:.2f}" for cell in found.values()))
         write_json(RESULTS / args.run / "baselines.json", cells)
 
 

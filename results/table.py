@@ -127,14 +127,14 @@ def encoder(features):
 
 
 def describe(name, seeds):
-    """Link the runs of all seeds, and say how long they trained and on what."""
+    """Link the runs of all seeds, and say how long they trained and on what; config.json has the machine."""
     args = seeds[0]["args"]
     length = f"{args['train_iters']:,} steps" if "train_iters" in args else f"{args['train_epochs']} epochs"
     seconds = [run["seconds"] for run in seeds]  # longer beside other work
     size, unit = (60, "min") if max(seconds) > 120 else (1, "s")
     took = " to ".join(map(str, sorted({round(min(seconds) / size), round(max(seconds) / size)})))
-    machines = " or ".join(dict.fromkeys(map(device, seeds))).replace(" CPU, 1 thread or", " or")
-    return f"{link(name)}: {length} in {took} {unit}, {machines}"
+    machines = dict.fromkeys(re.sub(r".* (CPU), ", r"\1, ", device(run)) for run in seeds)
+    return f"{link(name)}: {length} in {took} {unit}, {' or '.join(machines)}"
 
 
 def link(name):
@@ -202,6 +202,10 @@ def rows(experiment, runs, detail=True):
         for other in seeds[0]["baselines"] if detail else ():
             scores = compare([run["baselines"][other] for run in seeds], paper)
             found.append((how.replace("logistic regression", other), scores, link(name)))
+    untrained = RESULTS / experiment / "baselines.json"
+    for name, cells in read_json(untrained).items() if untrained.exists() else ():
+        if detail or name == "EM on drawings without their pose":
+            found.append((f"baseline, no training: {name}", compare([cells], paper), ""))
     whole = {cell for how, scores, _ in found if how == "published" for cell in scores}
     missing = {cell: "not run" for cell in paper if cell not in whole}
     return [("published, at full length", missing, ""), *found] if missing else found

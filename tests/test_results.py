@@ -46,7 +46,7 @@ def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
     flags = "--way 20 --sample-size 300 --kl-warmup-iters 9 --train-iters 50"
     other = fake(flags, {"20way1shot": 80.0, "20way5shot": 90.0})
     runs = {"omniglot/5way": [seed0, seed1], "omniglot/20way-fast": [other]}
-    missing, published, fast = table.rows("omniglot", runs)
+    missing, published, fast, *_ = table.rows("omniglot", runs)
     assert missing[1] == {"20way1shot": "not run", "20way5shot": "not run"}
     assert published[0] == "published"
     assert published[1]["5way1shot"] == "94.50 (-0.42)<br>94.00 ± 0.50, 95.00 ± 0.50"
