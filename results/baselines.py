@@ -1,7 +1,7 @@
 """Test few-shot classifiers without Meta-GMVAE: what the VAE adds to what it is given.
 
     python results/baselines.py simclr/prototypical/seed0  # on features in data/imgnet, or --data-dir
-    python results/baselines.py omniglot                  # on the drawings in data/omniglot: no training
+    python results/baselines.py omniglot                   # on the drawings in data/omniglot: no training
 
 Nearest support mean looks at one query at a time. EM starts there and looks at the queries together; it is
 `adapt` of mixture.py on the features or pixels themselves. Writes baselines.json into results/<run>.

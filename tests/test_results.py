@@ -164,6 +164,15 @@ def test_other_ways_are_of_the_runs_themselves():
 
 
 @needs_shared_data
+def test_the_drawings_themselves_score_what_the_baselines_say(omniglot_dir):
+    baselines, pose = load("results", "baselines"), load("omniglot", "pose")
+    x = load("omniglot", "dataloader").as_float(torch.from_numpy(np.load(omniglot_dir / "test.npy")))
+    features = pose.canonical(x, pose.pose(x)).flatten(2)
+    said = read_json(RESULTS / "omniglot/baselines.json")["EM on drawings without their pose"]["5way1shot"]
+    assert abs(baselines.accuracies(features, 5, 1, 10).mean().item() - said["accuracy"]) < 0.02
+
+
+@needs_shared_data
 def test_the_active_dimensions_are_those_of_the_checkpoints(omniglot_dir, tmp_path):
     for folder in ("results", "omniglot"):
         ignored = shutil.ignore_patterns("runs", "ablations", "mimgnet", "bench")
