@@ -67,7 +67,7 @@ def main():
                     for shot in shots
                 }
                 cells[name + of] = found
-                print(name + of, *(f"{cell['accuracy']:.2f} ± {cell['ci95']:.2f}" for cell in found.values()))
+                print(name + of, *(f"{r['accuracy']:.2f} ± {r['ci95']:.2f}" for r in found.values()))
         write_json(RESULTS / args.run / "baselines.json", cells)
 
 

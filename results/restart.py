@@ -7,6 +7,7 @@ precision. Adam's moments start at zero and the random draws anew; config.json l
 `restarted`.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
 from machine import Parser, UserError, program, user_path  # noqa: E402
-from model import GMVAE  # noqa: E402
+from model import load_model  # noqa: E402
 from runtime import load_checkpoint, read_config, save_checkpoint, snapshot  # noqa: E402
 from runtime import write_json, write_metrics  # noqa: E402
 
@@ -26,15 +27,16 @@ def restart(run, out):
     """Write config.json, metrics.jsonl and last.pt into `out`. Raises UserError."""
     if (out / "last.pt").exists():
         raise UserError(f"--out: {out} holds a run, another folder expected")
-    config, history = read_config(run), read_lines(run / "metrics.jsonl")
-    step, seconds, args = history[-1]["step"], history[-1]["seconds"], config["args"]
-    found = [load_checkpoint(path) for path in sorted(run.glob("*.pt"))]
-    weights = next((c for c in found if c["step"] == step), None)
+    config = read_config(run)
+    if not config or not (run / "metrics.jsonl").exists():
+        raise UserError(f"{run}: no run found, a folder with config.json and metrics.jsonl expected")
+    history, args = read_lines(run / "metrics.jsonl"), config["args"]
+    step, seconds = history[-1]["step"], history[-1]["seconds"]
+    steps = {path: load_checkpoint(path)["step"] for path in sorted(run.glob("*.pt"))}
+    weights = next((path for path in steps if steps[path] == step), None)
     if weights is None:
-        steps = [c["step"] for c in found]
-        raise UserError(f"{run}: weights of steps {steps} found, of step {step} expected")
-    model = GMVAE(**weights["sizes"])
-    model.load_state_dict(weights["model"])
+        raise UserError(f"{run}: weights of steps {[*steps.values()]} found, of step {step} expected")
+    model = load_model(weights)
     adam = {"lr": args["lr"], "weight_decay": args["weight_decay"]}
     optimizer = torch.optim.Adam(model.parameters(), **adam, fused=True)
     generator = torch.Generator().manual_seed(args["seed"] + 2**31 + step)
@@ -43,9 +45,9 @@ def restart(run, out):
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config | {"restarted": [*config.get("restarted", []), step]})
     write_metrics(out, history)
-    save_checkpoint(out / "last.pt", parts | progress | {"sizes": model.sizes, "way": weights["way"]})
     for path in run.glob("*best.pt"):
-        save_checkpoint(out / path.name, load_checkpoint(path))
+        shutil.copy(path, out)
+    save_checkpoint(out / "last.pt", parts | progress | {"sizes": model.sizes, "way": args["way"]})
 
 
 def main():

@@ -141,6 +141,7 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     assert after[:1] == before and json.loads(after[1])["step"] == 6
     assert read_json(again / "config.json")["restarted"] == [3]
     fails(run("results", folder, "--out", again, script="restart.py"), "--out", again)
+    fails(run("results", tmp_path, "--out", tmp_path / "other", script="restart.py"), "no run found")
     for path in folder.glob("*best.pt"):
         path.unlink()
     fails(run("results", folder, "--out", tmp_path / "other", script="restart.py"), folder, "step 3")
