@@ -102,27 +102,29 @@ def test(run, variants, data_dir):
         save_json(path, results)
 
 
+def train_in(name, experiment, flags, data_dir, code=None):
+    """Train in results/ablations/<name>, from the start or where it was killed, unless it is finished."""
+    if (OUT / name / "test.json").exists():
+        print(f"{OUT / name}: finished, nothing done; remove it to train again")
+        return
+    flags = f"{flags} --save-dir ../results/ablations/{name} --resume"
+    main_py(experiment, data_dir, *flags.split(), code=code)
+
+
 def train(names, data_dir):
     """Run those trainings of TRAIN that are not finished yet."""
     for experiment, trainings in TRAIN.items():
         for name, changed in trainings.items():
-            if name not in names:
-                continue
-            if (OUT / name / "test.json").exists():
-                print(f"{OUT / name}: finished, nothing done; remove it to train again")
-                continue
-            flags = f"--save-dir ../results/ablations/{name} --resume {BASE[experiment]} {changed}"
-            main_py(experiment, data_dir, *flags.split())
+            if name in names:
+                train_in(name, experiment, f"{BASE[experiment]} {changed}", data_dir)
 
 
 def ours(names, data_dir):
     """Run those trainings of OURS that are not finished yet, each in three seeds."""
     for name in names:
         for seed in range(3):
-            folder = f"../results/ablations/ours/{name}/seed{seed}"
-            if not (RESULTS / "omniglot" / folder / "test.json").exists():
-                flags = f"@recipes/quick.txt --save-dir {folder} --seed {seed} --resume {OURS[name]}"
-                main_py("omniglot", data_dir, *flags.split(), code=CODE.get(name))
+            flags = f"@recipes/quick.txt --seed {seed} {OURS[name]}"
+            train_in(f"ours/{name}/seed{seed}", "omniglot", flags, data_dir, CODE.get(name))
 
 
 def active_dims(mean, log_var):

@@ -1,5 +1,6 @@
 """What the tests share: modules of the folders, their programs as a user runs them, a tiny data set."""
 
+import atexit
 import functools
 import json
 import os
@@ -27,7 +28,9 @@ def starter():
     """The process that forks for `run`, in one thread, for threads do not survive a fork."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, Path(__file__).with_name("started.py")]
-    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)  # ends it
+    return process
 
 
 def run(folder, *args, script="main.py", timeout=400, env=None):

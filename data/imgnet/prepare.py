@@ -25,7 +25,8 @@ from tqdm import tqdm
 from layout import DAMAGE, check_places, checksum, find_images, load, place_images
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from common import Parser, SourceError, folder_beside, plain, program, user_path, write_all  # noqa: E402
+from common import Parser, SourceError, folder_beside, plain, program, user_path  # noqa: E402
+from common import write_all, write_array  # noqa: E402
 
 SPLITS = {"train": 38400, "val": 9600, "test": 12000}  # Mini-ImageNet's own counts
 CLASSES = {"train": 64, "val": 16, "test": 20}
@@ -117,20 +118,21 @@ def decode_all(places, folder):
     # A stop from the keyboard goes to the parent alone, which ends the pool.
     pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     with pool, tqdm(total=sum(map(len, places.values())), desc="images", unit="img") as bar:
-        for split, jobs in places.items():
+
+        def images(split, jobs):
             known = [i for i, place in enumerate(jobs) if place]
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), SIZE, SIZE, 3)}
-            with open(folder / f"{split}.npy", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, len(known), AT_ONCE):
-                    some = known[start : start + AT_ONCE]
-                    for i, image in zip(some, pool.map(decode, [jobs[i] for i in some], chunksize=64)):
-                        if isinstance(image, str):
-                            broken[split].append((i, image))
-                        else:
-                            file.write(image.tobytes())
-                            sums[split].append(hash(image.tobytes()))
-                        bar.update()
+            for start in range(0, len(known), AT_ONCE):
+                some = known[start : start + AT_ONCE]
+                for i, image in zip(some, pool.map(decode, [jobs[i] for i in some], chunksize=64)):
+                    if isinstance(image, str):
+                        broken[split].append((i, image))
+                    else:
+                        sums[split].append(hash(image.tobytes()))
+                        yield image
+                    bar.update()
+
+        for split, jobs in places.items():
+            write_array(folder / f"{split}.npy", (len(jobs), SIZE, SIZE, 3), images(split, jobs))
     return sums, broken
 
 
