@@ -9,7 +9,7 @@ comparable.
 import matplotlib.pyplot as plt
 
 from ablations import RESULTS, read_lines
-from table import PUBLISHED
+from published import PUBLISHED
 
 OMNIGLOT = RESULTS / "omniglot"
 RUNS = {

@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 from ablations import BASE, OURS, OUT, TEST, TRAIN, name_of, other_ways, read_json, read_lines, tested
+from pages import filled, grid
+from published import OTHERS, PUBLISHED, encoder, recipe
+from speed import speed_tables
 
 RESULTS = Path(__file__).resolve().parent
-START, END = "<!-- {}: made by `make table` -->", "<!-- end of {} -->"  # around each named table
 ALONE = "the same, inductive"  # how a row begins
 HEADLINES = (  # in README.md
     "omniglot/published-5way", "omniglot/canonical", "omniglot/quick",
@@ -23,43 +25,6 @@ HEADLINES = (  # in README.md
 )  # fmt: skip
 
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
-PUBLISHED = {  # accuracies in % of the paper's table (ICLR 2021)
-    "omniglot": {"5way1shot": 94.92, "5way5shot": 97.09, "20way1shot": 82.21, "20way5shot": 90.61},
-    "mimgnet": {"5way1shot": 42.82, "5way5shot": 55.73, "5way20shot": 63.14, "5way50shot": 68.26},
-}
-OTHERS = {  # published without labels; the last, the best one, is in README.md too
-    "omniglot": {
-        "PsCo (2023)": (96.37, 99.13, 89.60, 97.07),
-        "UFLST (2020)": (97.03, 99.19, 91.28, 97.37),
-        "best without labels: LF2CS (2022)": (97.31, 99.32, 91.72, 97.65),
-    },
-    "mimgnet": {
-        "SimCLR and nearest prototype, Conv4 (2022)": (40.91, 57.22, 65.74, 67.83),
-        "PsCo, Conv5 (2023)": (46.70, 63.26, 72.22, 73.50),
-        "best without labels: CPNWCP, Conv4 (2022)": (47.93, 66.44, 75.69, 78.20),
-    },
-}
-RECIPE = {  # the published one without its length: the defaults of main.py
-    "unsupervised_em_iters": 10, "em_start": "samples", "fix_pi": False, "no_set_attention": False,
-    "kl_warmup_iters": 0, "kl_weight": 1.0, "decode_samples": None,
-    "ema_decay": 0.0, "lr_schedule": "constant",
-    "semisupervised_em_iters": 10, "e_step": "unit", "eval_episodes": 1000, "query": 15,
-}  # fmt: skip
-OMNIGLOT = {
-    "batch_size": 4, "lr": 1e-3, "weight_decay": 1e-6, "hidden_size": 64, "latent_size": 64,
-    "train_mc_sample_size": 32, "test_mc_sample_size": 32, "target": "drawing", "warp": "none",
-}  # fmt: skip
-MIMGNET = {
-    "batch_size": 16, "lr": 1e-4, "weight_decay": 5e-2, "hidden_size": 512, "latent_size": 32,
-    "train_mc_sample_size": 256, "test_mc_sample_size": 256,
-}  # fmt: skip
-RECIPES = {"omniglot": RECIPE | OMNIGLOT, "mimgnet": RECIPE | MIMGNET}
-SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
-STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
-SIMCLR = {"batch_size": 512, "view_size": 84}
-# What the fast recipe changes, and what ours does, whose decoder draws characters without their pose.
-FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}
-CANONICAL = FAST | {"lr", "target", "warp", "kl_weight", "e_step", "eval_episodes"}
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -84,48 +49,6 @@ def read_runs():
 
 
 # --- how a run is described -----------------------------------------------------------------------
-
-
-def recipe(experiment, run):
-    """Name the recipe: the published one, with what was shortened, or another with what differs."""
-    args, features = run["args"], run.get("features", {})
-    expected = RECIPES[experiment] | {"sample_size": SET_SIZES[experiment, args["way"]]}
-    # A flag that is newer than the run had its default.
-    changed = {flag: args[flag] for flag in expected if args.get(flag, expected[flag]) != expected[flag]}
-    if not changed:
-        name = "published"
-    elif changed.keys() == {"train_mc_sample_size"}:
-        name = f"published, {changed['train_mc_sample_size']} Monte-Carlo samples"
-    elif changed.keys() == {"decode_samples"}:
-        name = f"published, {changed['decode_samples']} of {args['train_mc_sample_size']} samples decoded"
-    elif args.get("target") == "canonical" and changed.keys() <= CANONICAL:
-        reading = f", {args['e_step']} E-step" if "e_step" in changed else ""
-        name = f"ours: drawings without their pose{reading}"
-    elif changed.keys() <= FAST:
-        name = "fast"
-    else:
-        name = f"another: {', '.join(f'{flag} {value}' for flag, value in changed.items())}"
-    steps, epochs = args["train_iters"], features.get("train_epochs", "?")
-    if name.startswith("published") and steps != STEPS[experiment]:
-        name += f", {steps:,} of {STEPS[experiment]:,} steps"
-    if experiment == "mimgnet" and encoder(features):
-        name = f"{encoder(features)}, else {name}"
-    elif experiment == "mimgnet" and epochs != EPOCHS:
-        name += f", {epochs} of {EPOCHS} SimCLR epochs"
-    return name
-
-
-def encoder(features):
-    """Name the encoder that features.json describes; an empty string for the published one, of any length."""
-    if features.get("loss") == "prototypical":
-        size = features.get("feature_size", SIMCLR["view_size"])
-        of = "" if size == SIMCLR["view_size"] else f", {size} pixels"
-        return f"prototypical encoder, {features['batch_size']} x {features['views']} views{of}"
-    found = {name: features.get(name, value) for name, value in SIMCLR.items()}  # older ones say less
-    sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
-    return "" if found == SIMCLR else sizes
-
-
 def describe(name, seeds):
     """Link the runs of all seeds, and say how long they trained and on what; config.json has the machine."""
     args = seeds[0]["args"]
@@ -173,12 +96,6 @@ def compare(tests, paper):
 
 
 # --- the tables -----------------------------------------------------------------------------------
-
-
-def grid(header, rows):
-    """Lay out a table in Markdown."""
-    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (header, *rows)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def rows(experiment, runs, detail=True):
@@ -334,64 +251,6 @@ def demo():
     for name, cell in run["test"].items():
         lines.append(f"test  {name:>12}  {interval(cell):>14} %  ({cell['episodes']} episodes)")
     return "\n".join([*lines, "```"])
-
-
-# --- the tables of bench.py -----------------------------------------------------------------------
-
-
-def speed_table(path):
-    """Make a table of a file of bench.py, with times from before a change if there is such a file.
-
-    "products alone" is the speed-up there would be if our matrix products alone took time.
-    """
-    bench, before = read_json(path), path.with_name(f"{path.stem}-before.json")
-    old = read_json(before)["measurements"] if before.exists() else {}
-    threads = f", {bench['threads']} threads" if bench["device"].endswith("CPU") else ""
-    where = f"{bench['device']}{threads}, torch {bench['versions']['torch']}"
-    header = ["", "here", "plain float32", "speed-up", "products alone", "peak memory", "plain's"]
-    header += ["here, before"] if old else []
-    lines = []
-    for name, row in bench["measurements"].items():
-        speedup = alone = ""
-        if "plain" in row:
-            products = row["ours"]["flop"] / bench["matmul_flop_per_second"][row["precision"]]
-            speedup, alone = f"{row['speedup']:.1f} ×", f"{row['plain']['seconds'] / products:.1f} ×"
-        line = [row["title"], pace(row, "ours"), pace(row, "plain"), speedup, alone]
-        line += [memory(row, "ours"), memory(row, "plain")]
-        lines.append(line + ([pace(old[name], "ours")] if old else []))
-    return f"{where}, networks in {bench['precision']}: `{bench['command']}`\n\n{grid(header, lines)}"
-
-
-def pace(row, version):
-    """Say how long a step takes, or how many items a second are done."""
-    if version not in row:
-        return ""
-    seconds, rate = row[version]["seconds"], row[version]["rate"]
-    if row["items"] == 1:
-        return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
-    return f"{rate:,.{0 if rate >= 10 else 1}f} {row['unit']}/s"
-
-
-def memory(row, version):
-    found = row.get(version, {}).get("memory_bytes")
-    if not found:
-        return ""
-    return f"{found / 2**30:.1f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
-
-
-def speed_tables():
-    """Make a table of every machine and precision."""
-    paths = sorted((RESULTS / "bench").glob("*.json"))
-    return "\n\n".join(speed_table(path) for path in paths if not path.stem.endswith("-before"))
-
-
-def filled(text, tables):
-    """Put tables, {name: content}, between their marks in a README."""
-    for name, content in tables.items():
-        start, end = START.format(name), END.format(name)
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
-    return text
 
 
 def main():

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from ablations import read_json, read_lines
-from table import PUBLISHED
+from published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = {cell: accuracy for cell, accuracy in PUBLISHED["omniglot"].items() if cell.startswith("5way")}
