@@ -4,13 +4,14 @@
     python results/ablations.py test omniglot/5way-fast/seed0   # one thing changed in the test: minutes
     python results/ablations.py train       # short trainings, mostly on Omniglot: minutes each
     python results/ablations.py ours        # the same for our recipe, recipes/quick.txt, with three seeds
+    python results/ablations.py decoded     # 600 steps of the published recipe: all 32 samples decoded, or 1
     python results/ablations.py active      # count the latent dimensions that Omniglot models use
     python results/ablations.py plot        # the figures of these results
 
 `ways` and `test` add to results/ablations/<run>.json, {flags: test.json}. `train` writes each training to
-results/ablations/<name>, like any run, and continues where it was killed; `ours` writes to
-results/ablations/ours/<name>/seed<N>, `active` to results/ablations/active.json. `make table` puts `ways` in
-results/README.md and the others in results/ablations/README.md.
+results/ablations/<name>, like any run, and continues where it was killed; `ours` and `decoded` write to
+results/ablations/<ours or decoded>/<name>/seed<N>, `active` to results/ablations/active.json. `make table`
+puts `ways` in results/README.md and the others in results/ablations/README.md.
 """
 
 import argparse
@@ -52,7 +53,7 @@ TRAIN = {  # experiment -> name -> what differs; a later flag overrides
     },
     "mimgnet": {"mimgnet-em-start-images": "--em-start images"},
 }
-OURS = {  # name -> flags that differ from recipes/quick.txt
+OURS = {  # name -> flags that differ
     "target-drawing": "--target drawing",
     "target-centred": "",
     "target-shape-0": "--target-shape 0",
@@ -66,6 +67,11 @@ OURS = {  # name -> flags that differ from recipes/quick.txt
     "precision-fp32": "--precision fp32",  # the recipe's is bfloat16 where it is fast
     "em-iters-0": "--unsupervised-em-iters 0",
     "em-iters-1": "--unsupervised-em-iters 1",
+}
+PUBLISHED = "@recipes/published-5way.txt --precision auto --train-iters 600 --freq-iters 200"
+SEEDS = {  # what is run in three seeds: the flags of every training, and its names
+    "ours": ("@recipes/quick.txt", OURS),
+    "decoded": (PUBLISHED, {"one": "--decode-samples 1", "all": ""}),
 }
 CODE = {  # of OURS, changes that no flag makes: run before main()
     "target-centred": "main.canonical = lambda x, p: "
@@ -119,12 +125,13 @@ def train(names, data_dir):
                 train_in(name, experiment, f"{BASE[experiment]} {changed}", data_dir)
 
 
-def ours(names, data_dir):
-    """Run those trainings of OURS that are not finished yet, each in three seeds."""
-    for name in names:
+def train_seeds(what, names, data_dir):
+    """Run those trainings of SEEDS[what] that are not finished yet, each in three seeds."""
+    base, changes = SEEDS[what]
+    for name in names or changes:
         for seed in range(3):
-            flags = f"@recipes/quick.txt --seed {seed} {OURS[name]}"
-            train_in(f"ours/{name}/seed{seed}", "omniglot", flags, data_dir, CODE.get(name))
+            flags = f"{base} --seed {seed} {changes[name]}"
+            train_in(f"{what}/{name}/seed{seed}", "omniglot", flags, data_dir, CODE.get(name))
 
 
 def active_dims(mean, log_var):
@@ -258,14 +265,14 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=["ways", "test", "train", "ours", "active", "plot"], help="see docstring")
-    names = "ways, test: folders of results/; train, ours: names in TRAIN, OURS (default: all but slowest)"
+    p.add_argument("what", choices=["ways", "test", "train", *SEEDS, "active", "plot"], help="see docstring")
+    names = "ways, test: folders of results/; otherwise names of trainings (default: all but the slowest)"
     p.add_argument("names", nargs="*", help=names)
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args = p.parse_args()
     known = sorted(name for trainings in TRAIN.values() for name in trainings)
-    if args.what == "ours":
-        known = list(OURS)
+    if args.what in SEEDS:
+        known = list(SEEDS[args.what][1])
     elif args.what != "train":
         folders = [path.parent for path in RESULTS.glob("*/*/seed*/config.json")]
         known = sorted(name_of(folder) for folder in folders if folder.parts[-3] in DATA)
@@ -279,8 +286,8 @@ def main():
             test(run, TEST if args.what == "test" else [WAYS], args.data_dir)
     elif args.what == "train":
         train(args.names or [name for name in known if name != SLOW], args.data_dir)
-    elif args.what == "ours":
-        ours(args.names or OURS, args.data_dir)
+    elif args.what in SEEDS:
+        train_seeds(args.what, args.names, args.data_dir)
     elif args.what == "active":
         active(args.data_dir)
     else:

@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from ablations import BASE, OURS, OUT, TEST, TRAIN, name_of, other_ways, read_json, read_lines, tested
+from ablations import BASE, OURS, OUT, SEEDS, TEST, TRAIN, name_of, other_ways, read_json, read_lines, tested
 from pages import filled, grid
 from published import OTHERS, PUBLISHED, encoder, recipe
 from speed import speed_tables
@@ -200,28 +200,37 @@ def train_ablations():
     return "\n\n".join([*parts, f"Dimensions used by the runs of `../README.md`: {used}"])
 
 
-def our_ablations():
-    """Compare trainings of our recipe with one thing changed, over three seeds, on the same test episodes.
+def seeds_ablations():
+    """Compare the trainings in three seeds of `results/ablations.py ours` and `decoded`."""
+    ours = {"nothing": RESULTS / "omniglot/quick"} | {f"`{name}`": OUT / "ours" / name for name in OURS}
+    decoded = {f"{name} of 32 samples decoded": OUT / "decoded" / name for name in SEEDS["decoded"][1]}
+    tables = {SEEDS["ours"][0]: seeds_table(ours), SEEDS["decoded"][0]: seeds_table(decoded)}
+    said = "test accuracy in %, loss terms of the last step"
+    return "\n\n".join(f"Every training of `{base}`, {said}:\n\n{made}" for base, made in tables.items())
 
-    An interval is that of the difference per episode, after averaging over the seeds.
+
+def seeds_table(folders):
+    """Compare trainings, {what differs: folder of its seeds}, with the first one on the same test episodes.
+
+    An interval is that of the difference per episode, after averaging over the seeds that both have.
     """
-    cells, base, lines = ("5way1shot", "5way5shot"), {}, []
-    folders = {"": RESULTS / "omniglot/quick", **{name: OUT / "ours" / name for name in OURS}}
+    cells, terms, base, lines = ("5way1shot", "5way5shot"), ("reconstruction", "kl"), {}, []
     for name, folder in folders.items():
-        tests = [read_json(path) for path in sorted(folder.glob("seed*/test.json"))]
-        line = [f"`{name}`" if name else "nothing"]
-        for cell in cells if len(tests) == 3 else ():
-            episodes = [statistics.fmean(of) for of in zip(*(test[cell]["accuracies"] for test in tests))]
-            each = ", ".join(f"{test[cell]['accuracy']:.2f}" for test in tests)
-            line.append(f"{statistics.fmean(episodes):.2f} ({each})")
-            if not name:
-                base[cell] = episodes
-            differences = [ours - before for ours, before in zip(episodes, base[cell])]
+        runs = {path.parent.name: read_run(path.parent) for path in sorted(folder.glob("seed*/test.json"))}
+        base = base or runs
+        line = [name]
+        for cell in cells if runs else ():
+            each = [run["test"][cell]["accuracy"] for run in runs.values()]
+            line.append(f"{statistics.fmean(each):.2f} ({', '.join(f'{accuracy:.2f}' for accuracy in each)})")
+            both = [(runs[seed]["test"][cell], base[seed]["test"][cell]) for seed in base if seed in runs]
+            by_seed = [[a - b for a, b in zip(*(test["accuracies"] for test in pair))] for pair in both]
+            differences = [statistics.fmean(episode) for episode in zip(*by_seed)]
             ci95 = 1.96 * statistics.pstdev(differences) / len(differences) ** 0.5
-            line.append(f"{statistics.fmean(differences):+.2f} ± {ci95:.2f}" if name else "")
-        lines.append(line if line[1:] else [*line, "not run"])
+            line.append(f"{statistics.fmean(differences):+.2f} ± {ci95:.2f}" if runs is not base else "")
+        line += [f"{statistics.fmean(run[term] for run in runs.values()):.1f}" for term in terms if runs]
+        lines.append(line if runs else [name, "not run"])
     header = ["changed", *(text for cell in cells for text in (readable(cell), "difference"))]
-    return f"Every training of `@recipes/quick.txt`, test accuracy in %:\n\n{grid(header, lines)}"
+    return grid([*header, "reconstruction", "KL"], lines)
 
 
 def recipe_table():
@@ -255,7 +264,7 @@ def demo():
 
 def main():
     check, stale = "--check" in sys.argv, []
-    ablations = our_ablations, test_ablations, train_ablations
+    ablations = seeds_ablations, test_ablations, train_ablations
     readmes = {
         "README.md": {"demo": demo(), "results": table(HEADLINES)},
         "results/README.md": {"results": f"{table()}\n\n{ways_table()}".replace("](results/", "](")},

@@ -98,11 +98,12 @@ def test_the_ablations_are_flags():
         for name, flags in trainings.items():
             before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
             assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
-    quick = f"@{ROOT}/omniglot/recipes/quick.txt"
-    for name, flags in ablations.OURS.items():
-        before, after = (vars(parsers["omniglot"]([quick, *text.split()])) for text in ("", flags))
-        assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
-        assert flags or name in ablations.CODE
+    for base, changes in ablations.SEEDS.values():
+        base = base.replace("@", f"@{ROOT}/omniglot/")
+        for name, flags in changes.items():
+            before, after = (vars(parsers["omniglot"](f"{base} {text}".split())) for text in ("", flags))
+            assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
+            assert flags or name in (*ablations.CODE, "all")
 
 
 def test_the_ablations_that_no_flag_does_change_what_they_say(glyphs_dir):
