@@ -57,7 +57,7 @@ def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
     }  # fmt: skip
 
 
-CALLS = [("README.md", 6), ("results/README.md", 12), ("results/bench/README.md", 2)]
+CALLS = [("README.md", 5), ("results/README.md", 12), ("results/bench/README.md", 2)]
 
 
 @pytest.mark.parametrize("name, least", CALLS)
@@ -146,6 +146,18 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     for path in folder.glob("*best.pt"):
         path.unlink()
     fails(run("results", folder, "--out", tmp_path / "other", script="restart.py"), folder, "step 3")
+
+
+def test_other_data_are_the_test_split_resized_otherwise_and_parts_of_it(monkeypatch):
+    other = load("results", "other_data")
+    ours = np.arange(13 * 4, dtype=np.uint8).reshape(52, 1, 1, 1, 1)
+    monkeypatch.setattr(other.prepare, "prepare", lambda _: ({"test": ours + other.prepare.RESAMPLING}, {}))
+    found = {name: images.flatten() for name, images in other.variants("there")}
+    filters = other.prepare.Image.Resampling
+    lanczos, bilinear = found["resized: lanczos"], found["resized: bilinear"]
+    assert (lanczos - bilinear).unique() == filters.LANCZOS - filters.BILINEAR
+    parts = [found[f"sixth {i}"] for i in range(1, 7)]
+    assert torch.equal(torch.cat(parts), lanczos[: 12 * 4]) and {len(part) for part in parts} == {8}
 
 
 def test_a_dimension_is_active_when_its_signal_is_above_its_noise():

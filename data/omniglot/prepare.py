@@ -25,6 +25,7 @@ from common import Parser, SourceError, plain, program, user_path, write_all  # 
 ARCHIVES = {"images_background": 964, "images_evaluation": 659}  # characters in each
 DRAWINGS, ROTATIONS = 20, (0, 90, 180, 270)
 SPLITS = {"train": 1200, "val": 100, "test": 323}  # characters
+RESAMPLING = Image.Resampling.LANCZOS
 
 
 def download(folder):
@@ -114,7 +115,7 @@ def read_drawing(png, name):
     ink = 1 - np.asarray(image).mean() / 255
     if ink > 0.5:
         raise SourceError(f"{name}: {100 * ink:.0f} % dark, looks inverted, expected dark ink on white")
-    return 255 - np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS))
+    return 255 - np.asarray(image.resize((28, 28), RESAMPLING))
 
 
 def prepare(source):
