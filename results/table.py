@@ -253,12 +253,15 @@ def recipe_table():
     return "\n\n".join([*parts, "\n".join(seen)])
 
 
-def demo():
-    """Show what `make demo` printed, and how long it trained."""
-    run = read_run(RESULTS / "demo")
-    lines = [f"{run['seconds']:.0f} seconds of training, {device(run)}:\n", "```"]
-    for name, cell in run["test"].items():
-        lines.append(f"test  {name:>12}  {interval(cell):>14} %  ({cell['episodes']} episodes)")
+def printed():
+    """Show what `make demo` and `make omniglot` printed, and how long they trained."""
+    lines = ["```"]
+    for name in ("demo", "omniglot"):
+        run = read_run(RESULTS / "make" / name)
+        took = f"{run['seconds']:.0f} seconds" if run["seconds"] < 120 else f"{run['seconds'] / 60:.0f} minutes"
+        lines.append(f"make {name}: {took} of training, {device(run)}")
+        for cell, r in run["test"].items():
+            lines.append(f"test  {cell:>12}  {interval(r):>14} %  ({r['episodes']} episodes)")
     return "\n".join([*lines, "```"])
 
 
@@ -266,7 +269,7 @@ def main():
     check, stale = "--check" in sys.argv, []
     ablations = seeds_ablations, test_ablations, train_ablations
     readmes = {
-        "README.md": {"demo": demo(), "results": table(HEADLINES)},
+        "README.md": {"printed": printed(), "results": table(HEADLINES)},
         "results/README.md": {"results": f"{table()}\n\n{ways_table()}".replace("](results/", "](")},
         "results/recipe/README.md": {"results": recipe_table()},
         "results/ablations/README.md": {"results": "\n\n".join(part() for part in ablations)},
