@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both need only Python >= 3.10 and make.
+# On a fresh machine, with Python >= 3.10 and make: `make demo`, `make omniglot`, `make mini SOURCE=folder`, `make test`.
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin

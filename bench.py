@@ -3,10 +3,11 @@
     python bench.py                   # every measurement, about 6 minutes on two CPU cores
     python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 17 minutes
 
-Prints a table and writes results/bench/<device>-<precision>.json. A time is the median of several after a
-warm-up. The baseline is eager float32 written from the equations; it has to give the same results. Both run
-in the same process, on the same inputs and draws, and are timed by turns. Each measurement has a process of
-its own: the heap left by an earlier one made the plain version twice as fast or slow.
+Prints a table and writes results/bench/<device>-<precision>.json (on a CPU with its threads). A time is the
+median of several after a warm-up. The baseline is eager float32 written from the equations; it has to give
+the same results. Both run in the same process, on the same inputs and draws, and are timed by turns. Each
+measurement has a process of its own: the heap left by an earlier one made the plain version twice as fast or
+slow.
 """
 
 import os

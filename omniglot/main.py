@@ -3,7 +3,7 @@
     python main.py @recipes/published-5way.txt --save-dir runs/5way
 
 The published recipe is the default. `--save-dir` receives config.json, metrics.jsonl, last.pt, 1shot_best.pt,
-5shot_best.pt, test.json and tb_log/. README.md has the data, the fast recipe and the results.
+5shot_best.pt, test.json and tb_log/. README.md has the data, our recipes and the results.
 """
 
 import os

@@ -36,6 +36,7 @@ TEST = [
     "--test-mc-sample-size 1", "--test-mc-sample-size 4", "--test-mc-sample-size 128",
     "--no-set-attention",
 ]  # fmt: skip
+# These two are short, and default to float32; the runs kept are from before, with --precision auto.
 SHORT = "--train-mc-sample-size 1 --kl-warmup-iters 600 --train-iters 600 --freq-iters 150 --ema-decay 0.98"
 MINI = "--train-mc-sample-size 16 --freq-iters 1500"  # as results/mimgnet/5way-fast, to compare with it
 BASE = {"omniglot": SHORT, "mimgnet": MINI}  # the flags of every training

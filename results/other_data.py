@@ -3,7 +3,7 @@
     python results/other_data.py omniglot/published-5way/seed0 --source DIR   # the two official zips
 
 The paper published neither. "resized: ..." is our test split with another filter in place of Lanczos, "sixth
-...": a sixth of its characters, all different. Writes other-data.json into results/<run>.
+...": one of six disjoint groups of its characters. Writes other-data.json into results/<run>.
 """
 
 import argparse

@@ -8,12 +8,12 @@ OTHERS = {  # published without labels; the last, the best one, is in README.md 
     "omniglot": {
         "PsCo (2023)": (96.37, 99.13, 89.60, 97.07),
         "UFLST (2020)": (97.03, 99.19, 91.28, 97.37),
-        "best without labels: LF2CS (2022)": (97.31, 99.32, 91.72, 97.65),
+        "best published without labels: LF2CS (2022)": (97.31, 99.32, 91.72, 97.65),
     },
     "mimgnet": {
         "SimCLR and nearest prototype, Conv4 (2022)": (40.91, 57.22, 65.74, 67.83),
         "PsCo, Conv5 (2023)": (46.70, 63.26, 72.22, 73.50),
-        "best without labels: CPNWCP, Conv4 (2022)": (47.93, 66.44, 75.69, 78.20),
+        "best published without labels: CPNWCP, Conv4 (2022)": (47.93, 66.44, 75.69, 78.20),
     },
 }
 RECIPE = {  # the published one without its length: the defaults of main.py

@@ -4,7 +4,7 @@
 
 A shipped run has no last.pt. The new one starts with the weights of the last step, which are stored in half
 precision. Adam's moments start at zero and the random draws anew; config.json lists the step under
-`restarted`.
+`restarted`. It works for runs without --ema-decay that keep the weights of their last step.
 """
 
 import shutil

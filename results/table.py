@@ -1,4 +1,4 @@
-"""Make the tables of results in Markdown from the files in results/; none of our numbers is typed by hand.
+"""Make the tables of results in Markdown from the files in results/, between the marks of each page.
 
     python results/table.py            # rewrites the tables of every README.md
     python results/table.py --check    # exit status 1 if they disagree with results/
@@ -258,7 +258,8 @@ def printed():
     lines = ["```"]
     for name in ("demo", "omniglot"):
         run = read_run(RESULTS / "make" / name)
-        took = f"{run['seconds']:.0f} seconds" if run["seconds"] < 120 else f"{run['seconds'] / 60:.0f} minutes"
+        seconds = run["seconds"]
+        took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
         lines.append(f"make {name}: {took} of training, {device(run)}")
         for cell, r in run["test"].items():
             lines.append(f"test  {cell:>12}  {interval(r):>14} %  ({r['episodes']} episodes)")
