@@ -36,7 +36,7 @@ def main():
         ax.grid(alpha=0.3)
     for ax, cell in zip(axes, ("5way1shot", "5way5shot")):
         ax.axhline(PUBLISHED["omniglot"][cell], color="black", lw=0.8, ls="--", label="the paper, on test")
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="lower right")
     figure.savefig(OMNIGLOT / "curves.png", dpi=110)
 
 
