@@ -54,7 +54,7 @@ TRAIN = {  # experiment -> name -> what differs; a later flag overrides
     },
     "mimgnet": {"mimgnet-em-start-images": "--em-start images"},
 }
-OURS = {  # name -> flags that differ
+OURS = {  # name -> flags that differ from recipes/quick.txt
     "target-drawing": "--target drawing",
     "target-centred": "",
     "target-shape-0": "--target-shape 0",

@@ -22,7 +22,7 @@ from machine import program  # noqa: E402
 from model import load_model  # noqa: E402
 from runtime import write_json  # noqa: E402
 
-FILTERS, PARTS, ROTATIONS = ("lanczos", "nearest", "bilinear", "bicubic"), 6, 4
+FILTERS, PARTS = ("lanczos", "nearest", "bilinear", "bicubic"), 6
 
 
 def variants(source):
@@ -32,7 +32,7 @@ def variants(source):
         resized = torch.from_numpy(prepare.prepare(source)[0]["test"])
         images = resized if name == FILTERS[0] else images
         yield f"resized: {name}", resized
-    characters = images.unflatten(0, (-1, ROTATIONS))
+    characters = images.unflatten(0, (-1, len(prepare.ROTATIONS)))
     size = len(characters) // PARTS
     for i, part in enumerate(characters[: PARTS * size].split(size), start=1):
         yield f"sixth {i}", part.flatten(0, 1)

@@ -1,5 +1,4 @@
-"""Mini-ImageNet's program as a user runs it: runs, interruptions, tests of a checkpoint, and every
-mistake."""
+"""Mini-ImageNet's program as a user runs it: runs, interruptions and tests of a checkpoint."""
 
 import json
 import os
