@@ -4,7 +4,8 @@
 
 A shipped run has no last.pt. The new one starts with the weights of the last step, which are stored in half
 precision. Adam's moments start at zero and the random draws anew; config.json lists the step under
-`restarted`. It works for runs without --ema-decay that keep the weights of their last step.
+`restarted`. It works for runs without --ema-decay that keep the weights of their last step. --precision is
+for a machine without fast bfloat16; config.json then says under `precision_until` what the run had before.
 """
 
 import shutil
@@ -23,7 +24,7 @@ from runtime import write_json, write_metrics  # noqa: E402
 from ablations import read_lines  # noqa: E402
 
 
-def restart(run, out):
+def restart(run, out, precision=None):
     """Write config.json, metrics.jsonl and last.pt into `out`. Raises UserError."""
     if (out / "last.pt").exists():
         raise UserError(f"--out: {out} holds a run, another folder expected")
@@ -43,7 +44,12 @@ def restart(run, out):
     parts = snapshot({"model": model, "optimizer": optimizer, "generator": generator})
     progress = {"step": step, "seconds": seconds, "history": history}
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", config | {"restarted": [*config.get("restarted", []), step]})
+    config = config | {"restarted": [*config.get("restarted", []), step]}
+    if precision not in (None, config["precision"]):
+        until = config.get("precision_until", {}) | {str(step): config["precision"]}
+        args["precision"] = precision
+        config = config | {"precision": precision, "precision_until": until}
+    write_json(out / "config.json", config)
     write_metrics(out, history)
     for path in run.glob("*best.pt"):
         shutil.copy(path, out)
@@ -54,9 +60,10 @@ def main():
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("run", type=user_path, help="folder of a run, with weights of its last step")
     p.add_argument("--out", type=user_path, required=True, help="output folder, for this run alone")
+    p.add_argument("--precision", choices=["fp32", "bf16"], help="from here on, default: as before")
     args = p.parse_args()
     with program():
-        restart(args.run, args.out)
+        restart(args.run, args.out, args.precision)
 
 
 if __name__ == "__main__":

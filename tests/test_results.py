@@ -141,6 +141,11 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     before, after = ((place / "metrics.jsonl").read_text().splitlines() for place in (folder, again))
     assert after[:1] == before and json.loads(after[1])["step"] == 6
     assert read_json(again / "config.json")["restarted"] == [3]
+    other = tmp_path / "bf16"
+    assert run("results", folder, "--out", other, "--precision", "bf16", script="restart.py").returncode == 0
+    config, bf16 = read_json(other / "config.json"), ["--precision", "bf16"]
+    assert (config["precision"], config["precision_until"]) == ("bf16", {"3": "fp32"})
+    assert run("omniglot", "--save-dir", other, "--resume", *flags, 6, *bf16).returncode == 0
     fails(run("results", folder, "--out", again, script="restart.py"), "--out", again)
     fails(run("results", tmp_path, "--out", tmp_path / "other", script="restart.py"), "no run found")
     for path in folder.glob("*best.pt"):
