@@ -40,13 +40,11 @@ def logistic_regression(features, episodes, shot):
     y_support, y_query = y.repeat(shot), y.repeat(members - shot)
     accuracies = []
     with threadpool_limits(1):  # the problems are so small that threads would mostly wait for each other
-        for index in tqdm(
-            episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=0.1 if sys.stderr.isatty() else 30
-        ):
+        quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
+        for index in tqdm(episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=quiet):
             support, query = features[index[:, :shot].ravel()], features[index[:, shot:].ravel()]
-            accuracies.append(
-                100 * LogisticRegression(max_iter=1000).fit(support, y_support).score(query, y_query)
-            )
+            fitted = LogisticRegression(max_iter=1000).fit(support, y_support)
+            accuracies.append(100 * fitted.score(query, y_query))
     return torch.tensor(accuracies)
 
 

@@ -241,10 +241,8 @@ def main():
         wait(rank() > 0)  # until the first has prepared the data and opened the folder
         splits = load_splits(args)
         if args.contact_sheet:
-            draws, strength = (
-                torch.Generator().manual_seed(args.seed),
-                (args.crop_scale, args.jitter, args.hue),
-            )
+            draws = torch.Generator().manual_seed(args.seed)
+            strength = args.crop_scale, args.jitter, args.hue
             rows = splits["train"][:16, 0].to(device)
             buffer = io.BytesIO()
             Image.fromarray(contact_sheet(rows, 9, draws, args.view_size, strength)).save(buffer, "png")
