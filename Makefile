@@ -33,7 +33,7 @@ demo: .venv/run
 
 # Omniglot, the whole chain: download (or `make omniglot SOURCE=folder` with the two official zips), train, test. Run again, it continues.
 omniglot: .venv/run
-	$(if $(SOURCE),,test -f data/omniglot/train.npy ||) "$(BIN)/python" data/omniglot/prepare.py $(if $(SOURCE),--source "$(SOURCE)")
+	$(if $(SOURCE),,test -f data/omniglot/test.npy ||) "$(BIN)/python" data/omniglot/prepare.py $(if $(SOURCE),--source "$(SOURCE)")
 	cd omniglot && "$(BIN)/python" main.py @recipes/canonical.txt --save-dir ../runs/omniglot --resume
 
 # Mini-ImageNet, the whole chain: `make mini SOURCE=folder` with images (or zips of them) and the three CSVs. Run again, it continues.

@@ -257,7 +257,7 @@ def parse_args(argv=None):
     add("--repeat", type=count, help=repeat)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=precisions, default="auto", help="of our training; auto: bf16 where fast")
-    add("--out", type=Path, help="JSON file's folder (default: results/bench, or none with --only or --tiny)")
+    add("--out", type=machine.user_path, help="JSON file's folder (results/bench; none for --only, --tiny)")
     add("--tiny", action="store_true", help="show that everything runs and agrees; its times mean nothing")
     # fmt: on
     args = p.parse_args(argv)
@@ -272,7 +272,11 @@ def main():
         device = machine.choose_device(args.device)
         bf16 = machine.use_bf16(args.precision, device)
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
+            try:
+                args.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                found = f"{args.out} is no folder to write to ({error.strerror})"
+                raise machine.UserError(f"--out: {found}") from None
         report = bench(args, device, bf16)
         if args.out:
             threads = "" if device.type == "cuda" else f" {report['threads']} threads"

@@ -65,10 +65,10 @@ def write_array(path, shape, parts):
 
 
 def write_all(out, files, description, facts):
-    """Write {name: array} as .npy and facts as JSON, all or nothing: to a temporary folder, then renamed.
+    """Write {name: array} as .npy and facts as JSON, first to a temporary folder, then by renaming.
 
     An array may also be the path of its file, or (shape, parts) of bytes too many for the memory. The old
-    description is removed before the arrays change; the new one comes after them.
+    description is removed before the arrays change; the new one comes after them: a killed run leaves none.
     """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".prepare-") as folder:

@@ -7,7 +7,7 @@ Nearest support mean looks at one query at a time. EM starts there and looks at 
 `adapt` of mixture.py on the features or pixels themselves. Writes baselines.json into results/<run>.
 """
 
-import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -18,10 +18,10 @@ RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
 from dataloader import as_float, draw_episodes, load_split  # noqa: E402
 from evaluate import TEST_SEED, summary  # noqa: E402
-from machine import program  # noqa: E402
+from machine import Parser, UserError, program  # noqa: E402
 from mixture import classify  # noqa: E402
 from pose import canonical, pose  # noqa: E402
-from runtime import write_json  # noqa: E402
+from runtime import read_config, write_json  # noqa: E402
 
 CLASSIFIERS = {"nearest mean": 0, "EM": 10}  # EM iterations
 QUERY, EPISODES, IMAGES = 15, 1000, 600
@@ -45,9 +45,22 @@ def standardised(folder):
     return ((test - train.mean(0)) / train.std(0).clamp_min(1e-6)).unflatten(0, (-1, IMAGES))
 
 
+def check_features(folder, run):
+    """Check that the features were made as the encoder of results/<run> was trained. Raises UserError."""
+    path = folder / "features.json"
+    if not path.exists():
+        raise UserError(f"{path}: not found, the features of {run} and their description expected")
+    found, expected = json.loads(path.read_text()), read_config(RESULTS / run)["args"]
+    for name in sorted(found.keys() & expected.keys()):
+        if found[name] != expected[name]:
+            raise UserError(f"{path}: {name} {found[name]} found, {expected[name]} expected, as in {run}")
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("run", help="omniglot, or a folder of results/ whose encoder made the features")
+    p = Parser(description=__doc__.split("\n")[0])
+    trained = (path.parent.relative_to(RESULTS) for path in RESULTS.glob("simclr/*/seed*/config.json"))
+    runs, made = ["omniglot", *sorted(map(str, trained))], "omniglot, or the run that made the features"
+    p.add_argument("run", choices=runs, metavar="RUN", help=made)
     p.add_argument("--data-dir", type=Path, help="folder of the arrays or features, if not in data/")
     args = p.parse_args()
     with program():
@@ -57,7 +70,9 @@ def main():
             inputs = {"the drawings": x, "drawings without their pose": canonical(x, pose(x))}
             inputs = {f" on {name}": images.flatten(2) for name, images in inputs.items()}
         else:
-            inputs = {"": standardised(args.data_dir or RESULTS.parent / "data/imgnet")}
+            folder = args.data_dir or RESULTS.parent / "data/imgnet"
+            check_features(folder, args.run)
+            inputs = {"": standardised(folder)}
         ways, shots = CELLS[experiment]
         for of, features in inputs.items():
             for name, iters in CLASSIFIERS.items():

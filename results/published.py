@@ -25,6 +25,7 @@ RECIPE = {  # the published one without its length: the defaults of main.py
 OMNIGLOT = {
     "batch_size": 4, "lr": 1e-3, "weight_decay": 1e-6, "hidden_size": 64, "latent_size": 64,
     "train_mc_sample_size": 32, "test_mc_sample_size": 32, "target": "drawing", "warp": "none",
+    "target_shape": 0.25,
 }  # fmt: skip
 MIMGNET = {
     "batch_size": 16, "lr": 1e-4, "weight_decay": 5e-2, "hidden_size": 512, "latent_size": 32,

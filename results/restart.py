@@ -26,7 +26,7 @@ from ablations import read_lines  # noqa: E402
 
 def restart(run, out, precision=None):
     """Write config.json, metrics.jsonl and last.pt into `out`. Raises UserError."""
-    if (out / "last.pt").exists():
+    if (out / "last.pt").exists() or (out / "metrics.jsonl").exists():
         raise UserError(f"--out: {out} holds a run, another folder expected")
     config = read_config(run)
     if not config or not (run / "metrics.jsonl").exists():

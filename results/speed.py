@@ -27,7 +27,7 @@ def speed_table(path):
             speedup, alone = f"{row['speedup']:.1f} ×", f"{row['plain']['seconds'] / products:.1f} ×"
         line = [row["title"], pace(row, "ours"), pace(row, "plain"), speedup, alone]
         line += [memory(row, "ours"), memory(row, "plain")]
-        lines.append(line + ([pace(old[name], "ours")] if old else []))
+        lines.append(line + ([pace(old.get(name, {}), "ours")] if old else []))
     return f"{where}, networks in {bench['precision']}: `{bench['command']}`\n\n{grid(header, lines)}"
 
 

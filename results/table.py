@@ -3,8 +3,8 @@
     python results/table.py            # rewrites the tables of every README.md
     python results/table.py --check    # exit status 1 if they disagree with results/
 
-A run is a folder <experiment>/<recipe>/seed<N>. Runs of simclr made the features for runs of mimgnet, whose
-config.json says after how many epochs.
+A run is a folder <experiment>/<recipe>/seed<N>. The config.json of a mimgnet run says which features it used,
+and how many epochs their encoder was trained.
 """
 
 import re
@@ -12,7 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from ablations import BASE, OURS, OUT, SEEDS, TEST, TRAIN, name_of, other_ways, read_json, read_lines, tested
+from ablations import BASE, OURS, OUT, SEEDS, TEST, TRAIN, name_of, other_ways, read_json, read_lines
+from ablations import save, tested
 from pages import filled, grid
 from published import OTHERS, PUBLISHED, encoder, recipe
 from speed import speed_tables
@@ -35,7 +36,7 @@ def read_run(folder):
     found = {"test": read_json(folder / "test.json"), "baselines": {}}
     if (folder / "baselines.json").exists():
         found["baselines"] = read_json(folder / "baselines.json")
-    if (folder / "inductive").exists():
+    if (folder / "inductive/test.json").exists():
         found["inductive"] = read_json(folder / "inductive/test.json")
     return read_json(folder / "config.json") | read_lines(folder / "metrics.jsonl")[-1] | found
 
@@ -117,7 +118,7 @@ def rows(experiment, runs, detail=True):
         if "inductive" in seeds[0]:
             found.append((f"{ALONE}: no EM, no set attention", compare([seeds[0]["inductive"]], paper), ""))
         for other in seeds[0]["baselines"] if detail else ():
-            scores = compare([run["baselines"][other] for run in seeds], paper)
+            scores = compare([run["baselines"][other] for run in seeds if other in run["baselines"]], paper)
             found.append((how.replace("logistic regression", other), scores, link(name)))
     untrained = RESULTS / experiment / "baselines.json"
     for name, cells in read_json(untrained).items() if untrained.exists() else ():
@@ -282,7 +283,7 @@ def main():
         if filled(text, tables) != text:
             stale.append(name)
             if not check:
-                path.write_text(filled(text, tables))
+                save(path, lambda temporary: temporary.write_text(filled(text, tables)))
     if check and stale:
         sys.exit(f"{', '.join(stale)}: the result table disagrees with results/; run `make table`")
 

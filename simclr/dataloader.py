@@ -45,51 +45,37 @@ def load_split(data_dir, split):
     """
     path, beside = Path(data_dir) / f"{split}.npy", Path(data_dir) / f"{split}_labels.npy"
     images, labels = read_array(path), read_array(beside)
-    if (
-        not isinstance(images, np.ndarray)
-        or images.ndim != 4
-        or images.shape[1:] != (SIZE, SIZE, 3)
-        or 0 in images.shape
-    ):
-        raise UserError(
-            f"{path}: shape {getattr(images, 'shape', None)}, expected (images, {SIZE}, {SIZE}, 3)"
-        )
+    shape = getattr(images, "shape", ())  # (): the file holds several arrays
+    if len(shape) != 4 or shape[1:] != (SIZE, SIZE, 3) or 0 in shape:
+        raise UserError(f"{path}: shape {shape}, expected (images, {SIZE}, {SIZE}, 3)")
     if images.dtype != np.uint8:
         raise UserError(f"{path}: dtype {images.dtype}, expected uint8")
     low, high = images.min(), images.max()
     if low == high or high < 128:
         raise UserError(f"{path}: values from {low} to {high} found, pictures of 0 to 255 expected")
-    if (
-        not isinstance(labels, np.ndarray)
-        or labels.shape != images.shape[:1]
-        or labels.dtype.kind not in "iu"
-    ):
-        found = f"{getattr(labels, 'dtype', None)} of shape {getattr(labels, 'shape', None)}"
-        raise UserError(
-            f"{beside}: {found}, expected an integer for each of the {len(images)} images of {path.name}"
-        )
+    shape, dtype = getattr(labels, "shape", None), getattr(labels, "dtype", None)
+    if shape != images.shape[:1] or dtype.kind not in "iu":
+        expected = f"expected an integer for each of the {len(images)} images of {path.name}"
+        raise UserError(f"{beside}: {dtype} of shape {shape}, {expected}")
     starts = np.flatnonzero(np.diff(labels)) + 1
     sizes = np.diff([0, *starts, len(labels)])
     if len(np.unique(labels)) != len(sizes):
         found = f"{len(np.unique(labels))} classes in {len(sizes)} runs"
         raise UserError(f"{beside}: {found}, expected the images of a class together")
     if sizes.min() != sizes.max():
-        raise UserError(
-            f"{beside}: classes of {sizes.min()} to {sizes.max()} images, expected the same number in each"
-        )
+        found = f"classes of {sizes.min()} to {sizes.max()} images"
+        raise UserError(f"{beside}: {found}, expected the same number in each")
     return torch.from_numpy(images).unflatten(0, (len(sizes), -1))
 
 
-def check_episodes(data_dir, split, images, ways, shots, query):
+def check_episodes(data_dir, split, images, way, shots, query):
     """Check that a split has the classes and images that its episodes need. Raises UserError."""
-    path = Path(data_dir) / f"{split}.npy"
+    path, shot = Path(data_dir) / f"{split}.npy", max(shots)
     classes, members = images.shape[:2]
-    if classes < max(ways):
-        raise UserError(
-            f"{path}: {classes} classes, expected at least {max(ways)} for {max(ways)}-way episodes"
-        )
-    if members < max(shots) + query:
-        expected = f"expected at least {max(shots) + query} (shot {max(shots)} + query {query})"
+    if classes < way:
+        raise UserError(f"{path}: {classes} classes, expected at least {way} for {way}-way episodes")
+    if members < shot + query:
+        expected = f"expected at least {shot + query} (shot {shot} + query {query})"
         raise UserError(f"{path}: {members} images a class, {expected}")
 
 
@@ -147,9 +133,7 @@ def draw_crops(count, generator, crop_scale=SCALE[0]):
     """
     area = SIZE**2 * uniform((count, 10), crop_scale, SCALE[1], generator)
     ratio = uniform((count, 10), math.log(RATIO[0]), math.log(RATIO[1]), generator).exp()
-    tries = torch.stack(
-        [(area * ratio).sqrt(), (area / ratio).sqrt()], -1
-    ).round()  # (count, 10, 2) width, height
+    tries = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], -1).round()  # (count, 10, 2)
     fits = ((tries > 0) & (tries <= SIZE)).all(-1)
     first = fits.int().argmax(-1)
     size = torch.where(fits.any(-1, keepdim=True), tries[torch.arange(count), first], SIZE)
@@ -237,8 +221,9 @@ OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def send(x, device):
-    """Send a small tensor from the CPU to the device, without waiting for what runs there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    """Send a small tensor from the CPU to the device, without waiting for what runs on a CUDA device."""
+    cuda = device.type == "cuda"
+    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 
 
 def jitter(x, factors, order):

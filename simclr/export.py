@@ -126,9 +126,9 @@ def load_splits(args):
         return splits
     check_apart(data_dir, splits)
     if args.probe:
-        check_episodes(data_dir, "test", splits["test"], [args.way], args.test_shot, args.query)
+        check_episodes(data_dir, "test", splits["test"], args.way, args.test_shot, args.query)
     if not args.export_only:
-        check_episodes(data_dir, "val", splits["val"], [args.way], SHOTS, args.query)
+        check_episodes(data_dir, "val", splits["val"], args.way, SHOTS, args.query)
         found = splits["train"].shape[:2].numel()
         if found < args.batch_size:
             expected = f"at least --batch-size {args.batch_size} expected"

@@ -2,10 +2,10 @@
 
     python main.py --data-dir ../data/imgnet --save-dir runs/simclr --feature-save-dir ../data/imgnet
 
-The published recipe is the default; recipes/ holds it and others, as files of flags. `--feature-save-dir`
+The published recipe is the default; recipes/ holds it and another, as files of flags. `--feature-save-dir`
 receives train_features.npy, val_features.npy, test_features.npy and features.json, which says what made them;
 `--save-dir` receives config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and
-test.json (with --probe). README.md has the data and the results.
+test.json (with --probe). The repository's README.md has the results.
 """
 
 import os

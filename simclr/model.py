@@ -3,8 +3,6 @@
 Symbols: N images of a batch, so 2 N views (or more); h features (the encoder's output), z projections.
 """
 
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -86,19 +84,12 @@ def prototypical(h, views, temperature):
     return F.cross_entropy(logits.view(-1, n), image.flatten(), ignore_index=-100)
 
 
-PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # from DataParallel and torch.compile
-
-
 def load_model(path):
-    """Load a trained encoder, in evaluation mode: a checkpoint's weights, or their average if it has one.
-
-    Raises UserError.
-    """
+    """Load the weights of a trained encoder, in evaluation mode. Raises UserError."""
     checkpoint = load_checkpoint(path)
     try:
-        weights = checkpoint.get("average") or checkpoint["model"]
         model = Encoder(**checkpoint["sizes"])
-        model.load_state_dict({PREFIX.sub("", name): of for name, of in weights.items()})
+        model.load_state_dict(checkpoint["model"])
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this experiment ({in_short(error)})") from None
     if not all(p.isfinite().all() for p in model.parameters()):

@@ -351,6 +351,8 @@ def test_arrays_stay_while_their_source_is_the_same(source, right, tmp_path):
     assert prepare(source, tmp_path / "out").returncode == 0
     before = when()
     assert again("again").returncode == again("fail").returncode == 0 and when() == before
+    (tmp_path / "out/test_labels.npy").unlink()
+    assert again("again").returncode == 0 and when().keys() == before.keys()
 
 
 def test_arrays_are_the_same_however_many_wait_to_be_written(source, right, tmp_path):

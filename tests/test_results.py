@@ -147,6 +147,7 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     assert (config["precision"], config["precision_until"]) == ("bf16", {"3": "fp32"})
     assert run("omniglot", "--save-dir", other, "--resume", *flags, 6, *bf16).returncode == 0
     fails(run("results", folder, "--out", again, script="restart.py"), "--out", again)
+    fails(run("results", folder, "--out", folder, script="restart.py"), "--out", folder)
     fails(run("results", tmp_path, "--out", tmp_path / "other", script="restart.py"), "no run found")
     for path in folder.glob("*best.pt"):
         path.unlink()
@@ -183,6 +184,14 @@ def test_other_ways_are_of_the_runs_themselves():
 
 
 @needs_shared_data
+def test_baselines_of_an_encoder_need_its_features(tmp_path):
+    name, what = "simclr/prototypical-512/seed0", tmp_path / "features.json"
+    fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), what, "not found")
+    what.write_text('{"loss": "nt-xent", "feature_size": 96}')
+    fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), what, "loss nt-xent found")
+    fails(run("results", "omniglot/canonical/seed0", script="baselines.py"), "RUN")
+
+
 def test_the_drawings_themselves_score_what_the_baselines_say(omniglot_dir):
     baselines, pose = load("results", "baselines"), load("omniglot", "pose")
     x = load("omniglot", "dataloader").as_float(torch.from_numpy(np.load(omniglot_dir / "test.npy")))

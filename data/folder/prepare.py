@@ -165,10 +165,8 @@ def main():
         for line in notes:
             print(line)
         for name in split:
-            with open(args.out / f"{name}.npy", "rb") as file:
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            print(f"{args.out / name}.npy  {shape} {dtype}  {len(split[name])} classes")
+            x = np.load(args.out / f"{name}.npy", mmap_mode="r")
+            print(f"{args.out / name}.npy  {x.shape} {x.dtype}  {len(split[name])} classes")
 
 
 if __name__ == "__main__":

@@ -161,11 +161,12 @@ def unchanged(out, facts, otherwise):
     try:
         before = json.loads((out / "classes.json").read_text())
         known = {name: before[name] for name in facts if name in before}
+        complete = all((out / f"{split}{part}.npy").exists() for split in SPLITS for part in ("", "_labels"))
     except (OSError, ValueError, TypeError):
         return False
     if otherwise == "fail" and any(known[name] != facts[name] for name in known):
         raise SourceError(f"--source: other images found than those that {out} was made from")
-    return bool(otherwise) and known == facts and "source_crc32" in known
+    return bool(otherwise) and complete and known == facts and "source_crc32" in known
 
 
 def look(source):
