@@ -5,7 +5,6 @@ components.
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -136,9 +135,6 @@ class GMVAE(nn.Module):
         return self.predict_encoded(h[None], way, shot, noise[None], em_iters, reading)[0]
 
 
-PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # from DataParallel and torch.compile
-
-
 def load_model(path):
     """Load a trained model, in evaluation mode: a checkpoint's weights, or their average if it has one.
 
@@ -148,7 +144,7 @@ def load_model(path):
     try:
         weights = checkpoint.get("average") or checkpoint["model"]
         model = GMVAE(**checkpoint["sizes"])
-        model.load_state_dict({PREFIX.sub("", name): of for name, of in weights.items()})
+        model.load_state_dict(weights)
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this experiment ({in_short(error)})") from None
     if not all(p.isfinite().all() for p in model.parameters()):

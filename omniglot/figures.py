@@ -44,8 +44,8 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def fit_episode(model, images, args):
-    """Adapt to an episode by EM.
+def fit_episode(model, images, args, reading="unit"):
+    """Adapt to an episode by EM with a reading of `adapt`.
 
     Returns its drawings (way, members, 28, 28), their latent means, the class means before and after EM, and
     the variances.
@@ -58,7 +58,7 @@ def fit_episode(model, images, args):
     z = sample_posterior(mean, log_var, noise).unflatten(1, x.shape[:2])  # (1, way, members, S, D)
     support, query = z[:, :, : args.shot], z[:, :, args.shot :]
     before = support.flatten(2, 3).mean(2)[0]
-    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 3), iters=10)
+    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 3), iters=10, reading=reading)
     return x.squeeze(-1), mean[0].unflatten(0, x.shape[:2]), before, mu[0], var[0]
 
 
@@ -149,8 +149,8 @@ def main():
             found = f"{args.out} found, a folder to write to expected ({error.strerror})"
             raise UserError(f"--out: {found}") from None
         say_other_data(args.checkpoint, describe_run({}, images.device, "fp32", {"test": images})["data"])
-        x, mean, before, mu, var = fit_episode(model, images, args)
         trained = read_config(args.checkpoint.parent).get("args", {})
+        x, mean, before, mu, var = fit_episode(model, images, args, trained.get("e_step", "unit"))
         shape = trained.get("target_shape") if trained.get("target") == "canonical" else None
         components(model, x, mu, var, args.out / "components.png", shape)
         latents(mean, before, mu, args.out / "latents.png")

@@ -135,7 +135,8 @@ def write(path, data):
     except OSError as error:
         raise UserError(f"{path}: not written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -149,7 +150,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(re.sub(r"(^|\s)#.*", "", line))  # a name may have a # inside
+        except ValueError as error:
+            self.error(f"{line}: {error} found, a flag and its value expected")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")

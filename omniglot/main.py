@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from dataloader import SHOTS, draw_sets, load_splits
 from evaluate import evaluate_split, summary, test
-from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16
-from machine import user_path
+from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path
 from model import GMVAE, load_model
 from parallel import join, mean, part, rank, share, share_of_draws, stopping, wait, wrap
 from pose import canonical, pose, warp
@@ -74,8 +73,8 @@ def make_parser():
     add("--weight-decay", type=rate, default=1e-6, help="Adam's L2 penalty")
     add("--kl-warmup-iters", type=natural, default=0, help="steps over which the KL weight rises")
     add("--kl-weight", type=rate, default=1.0, help="weight of the KL term; 1: the evidence lower bound")
-    share, seed = number(float, 0, below=1), number(int, 0, below=2**31)
-    add("--ema-decay", type=share, default=0.0, help="decay of the weights' EMA, which is tested; 0: off")
+    fraction, seed = number(float, 0, below=1), number(int, 0, below=2**31)
+    add("--ema-decay", type=fraction, default=0.0, help="decay of the weights' EMA, which is tested; 0: off")
     add("--seed", type=seed, default=0, help="for weights, sets and noise; episodes do not depend on it")
     add("--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is fast")
     add("--compile", action="store_true", help="use torch.compile, with CUDA graphs; the start is slow")
@@ -85,7 +84,8 @@ def make_parser():
     add("--test-mc-sample-size", type=count, default=32, help="Monte-Carlo samples per image")
     add("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on an episode")
     readings = ["unit", "learned", "tied", "k-means"]
-    add("--e-step", choices=readings, default="unit", help="variance 1 (published), per class, or shared")
+    add("--e-step", choices=readings, default="unit", 
+        help="variance 1 (published), per class, shared by all, or variance 1 with hard assignments")
     add("--no-set-attention", action="store_true", help="encode every image alone: an ablation")
     add = p.add_argument_group("test").add_argument
     add("--test-way", type=count, nargs="+", help="ways to test; not given: the way of training")
@@ -104,12 +104,13 @@ def parse_args(argv=None):
         p.error("--eval-only: no --checkpoint found, weights or the folder of a run expected")
     if args.eval_only and (args.resume or args.way != p.get_default("way")):
         p.error(f"{'--resume' if args.resume else '--way'} is of training; --eval-only has --test-way")
-    if args.debug:
-        args.train_iters, args.freq_iters, args.eval_episodes = 4, 2, 10
-        args.train_mc_sample_size = args.test_mc_sample_size = 2
     if args.decode_samples and args.decode_samples > args.train_mc_sample_size:
         expected = f"at most --train-mc-sample-size {args.train_mc_sample_size} expected"
         p.error(f"--decode-samples: {args.decode_samples} found, {expected}")
+    if args.debug:
+        args.train_iters, args.freq_iters, args.eval_episodes = 4, 2, 10
+        args.train_mc_sample_size = args.test_mc_sample_size = 2
+        args.decode_samples = args.decode_samples and 1
     if not args.eval_only:
         args.test_way = args.test_way or [args.way]
     return args
@@ -199,9 +200,8 @@ def train(splits, device, bf16, config, stop, args):
     start = step = progress["step"]
     history = progress["history"]
     if start > args.train_iters:
-        raise UserError(
-            f"--train-iters: {args.train_iters} found, at least the {start} steps of {last} expected"
-        )
+        found = f"{args.train_iters} found, at least the {start} steps of {last} expected"
+        raise UserError(f"--train-iters: {found}")
     first = rank() == 0  # it validates and writes
     if first:
         write_json(args.save_dir / "config.json", config)
@@ -209,9 +209,8 @@ def train(splits, device, bf16, config, stop, args):
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
-    folder = args.save_dir if first else None
     network = wrap(model)
-    log = Log(folder, ("reconstruction", "kl"), model.parameters(), start)
+    log = Log(args.save_dir if first else None, ("reconstruction", "kl"), model.parameters(), start)
     log_every = 50 if device.type == "cuda" else 1
     quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     shown = {"desc": args.save_dir.name, "unit": "step", "mininterval": quiet, "disable": not first}
@@ -259,7 +258,7 @@ def weights_for(args):
     """Return {path: shots}: a checkpoint, or a folder's 1shot_best.pt for 1 shot, 5shot_best.pt for more."""
     place, weights = args.checkpoint or args.save_dir, {}
     for shot in args.test_shot:
-        path = place / f"{1 if shot == 1 else 5}shot_best.pt" if place.is_dir() else place
+        path = place / f"{1 if shot == 1 else 5}shot_best.pt" if os.path.isdir(place) else place
         weights.setdefault(path, []).append(shot)
     return weights
 
@@ -282,8 +281,7 @@ def main():
         config = describe_run(of_args, device, precision, splits)
         splits = {name: images.to(device) for name, images in splits.items()}
         print(f"{config['device']}, {'testing' if args.eval_only else 'training'} in {precision}")
-        longer = {"train_iters"} if args.lr_schedule == "constant" else set()
-        free = names("run", "test") | longer
+        free = names("run", "test") | ({"train_iters"} if args.lr_schedule == "constant" else set())
         if rank() == 0:
             config = open_folder(args.save_dir, config, args.resume, free, testing=args.eval_only)
         wait(rank() == 0)

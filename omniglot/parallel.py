@@ -35,7 +35,8 @@ def join(name, batch_size, compiling=False):
     A batch size of 0 means no training: the first process goes on alone and the others exit. An error of
     several processes is printed by one. Raises UserError, also if another process has ended.
     """
-    count, number = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    number = int(os.environ.get("RANK", 0))
+    count = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if count == 1 or not (batch_size or number):
         yield choose_device(name, compiling)
         return
@@ -98,7 +99,7 @@ def share(x, dim=0):
 
 
 class ShareOfDraws(TorchFunctionMode):
-    """Make torch.rand and torch.randn of n rows draw the rows of all processes, return this one's n."""
+    """Let torch.rand and torch.randn draw the rows of all processes, and return only this one's."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function not in (torch.rand, torch.randn):

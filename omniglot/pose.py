@@ -71,10 +71,8 @@ def warp(x, strength, generator=None):
     x (..., H, W, 1) in [0, 1] -> x's shape, float32 in [0, 1]; bilinear, zero outside x. Drawn for each image
     from `generator`, on x's device. `strength` "affine": A = rotation * shear * scale, by up to 15 degrees,
     0.2 and e^0.2 an axis, either way, and a shift s of up to 0.2, all uniform. "elastic": also a smooth
-    displacement d, bicubic between 5 x 5 points of N(0, 0.08^2). Raises ValueError for another strength.
+    displacement d, bicubic between 5 x 5 points of N(0, 0.08^2).
     """
-    if strength not in ("affine", "elastic"):
-        raise ValueError(f"warp strength {strength!r}, expected 'affine' or 'elastic'")
     batch, (height, width) = x.shape[:-3], x.shape[-3:-1]
     draw = torch.rand(*batch, 6, device=x.device, generator=generator) * 2 - 1
     turn, shear, wide, tall = (draw[..., :4]).unbind(-1)

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def snapshot(parts):
 def restore(parts, path, progress):
     """Load the parts from a last.pt and return its progress; return `progress` if there is no last.pt.
 
-    Raises UserError if another program wrote it, or a device whose generator state does not fit this one.
+    Raises UserError if another program wrote it, or another kind of device: its random state is not readable.
     """
     if not path.exists():
         return progress
@@ -66,8 +67,7 @@ def restore(parts, path, progress):
             (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(checkpoint[name])
         return {name: checkpoint[name] for name in progress}
     except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        expected = "a checkpoint of this run on this kind of device"
-        raise UserError(f"{path}: not {expected} ({in_short(error)})") from None
+        raise UserError(f"{path}: not a checkpoint of this run and device ({in_short(error)})") from None
 
 
 def describe_run(args, device, precision, arrays):
@@ -101,7 +101,7 @@ def read_config(folder):
         return config | parts | {"precision": config["precision"]}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not readable, the flags of the run in {folder} expected") from None
 
 
@@ -112,7 +112,7 @@ def differences(config, before, free):
         flags = {f"{name}: ": value for name, value in c["args"].items() if name not in free}
         data = {f"data_dir: {name} data of ": v for name, v in c.get("data", {}).items() if name != "test"}
         facts.append(flags | data | {"precision: ": c["precision"]})
-    found, expected = facts  # a flag that is newer than the run had its default
+    found, expected = facts  # a flag newer than the run is not compared
     flags = {k: "--" + k.replace("_", "-") for k, value in found.items() if expected.get(k, value) != value}
     return "; ".join(f"{flag}{found[k]} found, {expected[k]} expected" for k, flag in flags.items())
 
@@ -123,7 +123,7 @@ def say_other_data(place, data):
     try:
         trained_on = read_config(folder).get("data", {})
         other = [split for split, of in data.items() if trained_on.get(split, of) != of]
-    except (UserError, AttributeError):
+    except UserError:
         return  # beside the weights lies something else
     if other:
         print(f"other {', '.join(other)} data than those of the run in {folder}, as its config.json says")
@@ -144,8 +144,7 @@ def open_folder(folder, config, resume=False, free=(), testing=False):
     if held and not (before and last.exists()):
         missing = folder / ("last.pt" if before else "config.json")
         raise UserError(f"{missing}: not found, the state of the run expected to --resume it")
-    differing = held and differences(config, before, free)
-    if differing:
+    if differing := held and differences(config, before, free):
         raise UserError(f"{differing}, as the run in {folder} was started")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,8 @@ def open_folder(folder, config, resume=False, free=(), testing=False):
         if not folder.is_dir():  # otherwise the file system has no locks
             raise UserError(f"--save-dir: {folder} is no folder to write to ({error.strerror})") from None
     if testing:  # if interrupted, it leaves no earlier numbers beside its config.json
-        (folder / "test.json").unlink(missing_ok=True)
+        with suppress(OSError):  # where it cannot be removed, nothing can be written either
+            (folder / "test.json").unlink()
     if not held:
         return config
     say_other_data(folder, config["data"])  # the test data may differ

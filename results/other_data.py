@@ -27,10 +27,11 @@ FILTERS, PARTS = ("lanczos", "nearest", "bilinear", "bicubic"), 6
 
 def variants(source):
     """Yield (name, test images): every filter, then every part with ours, the first filter."""
+    images = None
     for name in FILTERS:
         prepare.RESAMPLING = prepare.Image.Resampling[name.upper()]
         resized = torch.from_numpy(prepare.prepare(source)[0]["test"])
-        images = resized if name == FILTERS[0] else images
+        images = resized if images is None else images
         yield f"resized: {name}", resized
     characters = images.unflatten(0, (-1, len(prepare.ROTATIONS)))
     size = len(characters) // PARTS

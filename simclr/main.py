@@ -27,8 +27,7 @@ from tqdm import tqdm
 from dataloader import HUE, JITTER, SCALE, SIZE, contact_sheet, epoch_order, training_views
 from export import BEST_SHOT, SHOTS, check_feature_dir, check_probe, encode_all, export, load_splits, probe
 from fewshot import evaluate, nearest_mean, standardise
-from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16
-from machine import user_path, write
+from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path, write
 from model import Encoder, load_model, nt_xent, projection_head, prototypical
 from parallel import gather, join, part, rank, share, stopping, wait, wrap
 from runtime import Log, describe_run, open_folder, restore, save_checkpoint
@@ -45,7 +44,7 @@ def make_parser():
     A resumed run may change the flags of "run" and "test"; an export does not use those of "training".
     """
     count, several = number(int, 1, below=2**31), number(int, 2, below=2**31)
-    natural, rate, share = number(int, 0, below=2**31), number(float, 0), number(float, 0, below=1)
+    natural, rate, fraction = number(int, 0, below=2**31), number(float, 0), number(float, 0, below=1)
     data = HERE.parent / "data/imgnet"
     p = Parser(description=__doc__.split("\n")[0])
     # fmt: off
@@ -67,9 +66,9 @@ def make_parser():
     add("--batch-size", type=several, default=512, help="images per step; each gives --views views")
     add("--views", type=several, default=2, help="views per image and step; 2 for nt-xent")
     add("--view-size", type=number(int, 64, below=96), default=84, help="pixels of a view's side")
-    add("--crop-scale", type=share, default=SCALE[0], help="smallest share of the image's area in a crop")
+    add("--crop-scale", type=fraction, default=SCALE[0], help="smallest share of the image's area in a crop")
     add("--jitter", type=rate, default=JITTER, help="strength of brightness, contrast, saturation")
-    add("--hue", type=share, default=HUE, help="largest shift of the hue, in turns")
+    add("--hue", type=fraction, default=HUE, help="largest shift of the hue, in turns")
     add("--train-epochs", type=count, default=400, help="passes; a --resume at a constant rate may raise it")
     add("--freq-epochs", type=count, default=5, help="epochs between validations")
     add("--lr", type=rate, default=1e-3, help="Adam's rate: constant, then a cosine to zero")
