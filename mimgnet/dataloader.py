@@ -60,7 +60,7 @@ def load_split(data_dir, split, images_per_class, crc32=None):
     `<split>_labels.npy` beside it gives the class of every image; without it every `images_per_class` images
     are a class. Training needs no classes: any number of images will do, then as one class. Other floats
     become float32. Raises UserError for a missing or damaged file, a wrong shape, dtype or number of images,
-    values that are negative, NaN or infinite, another checksum than `crc32`, and what `read_labels` refuses.
+    values that are NaN or infinite, another checksum than `crc32`, and what `read_labels` refuses.
     """
     path = Path(data_dir) / f"{split}_features.npy"
     try:
@@ -93,9 +93,6 @@ def load_split(data_dir, split, images_per_class, crc32=None):
     bad = np.count_nonzero(~np.isfinite(array).all(1))
     if bad:
         raise UserError(f"{path}: {bad} images with NaN or infinite features, expected finite float32 values")
-    if array.min() < 0:
-        expected = "none below zero expected: the decoder ends in a ReLU"
-        raise UserError(f"{path}: features down to {array.min()} found, {expected}")
     return torch.from_numpy(array).unflatten(0, (-1, images_per_class))
 
 
@@ -144,12 +141,17 @@ def check_apart(data_dir, splits):
             raise UserError(f"{data_dir}: {found}, different ones in each split expected")
 
 
-def check_width(data_dir, split, images, width, source):
-    """Check that a split's features are `width` wide, as `source` is. Raises UserError."""
-    found = images.shape[-1]
+def check_alike(data_dir, split, images, width, signed, source):
+    """Check that a split's features are `width` wide and below zero only if `signed`, as those of `source`.
+
+    Raises UserError.
+    """
+    path, found = Path(data_dir) / f"{split}_features.npy", images.shape[-1]
     if found != width:
-        path = Path(data_dir) / f"{split}_features.npy"
         raise UserError(f"{path}: {found} features an image, expected {width} as in {source}")
+    if images.min() < 0 and not signed:
+        expected = f"none below zero expected as in {source}"
+        raise UserError(f"{path}: features down to {images.min()} found, {expected}")
 
 
 def check_encoder(described, path, data_dir):
@@ -193,8 +195,9 @@ def load_splits(args, described):
     check_episodes(folder, "test", splits["test"], args.test_way, args.test_shot, args.query)
     if args.eval_only:
         return splits
+    train = splits["train"]
     for name in ("val", "test"):
-        check_width(folder, name, splits[name], splits["train"].shape[-1], "train_features.npy")
+        check_alike(folder, name, splits[name], train.shape[-1], train.min() < 0, "train_features.npy")
     check_episodes(folder, "val", splits["val"], [args.way], [args.shot], args.query)
     found, needed = splits["train"].shape[:2].numel(), args.batch_size * args.sample_size
     if found < needed:

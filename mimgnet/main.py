@@ -21,7 +21,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from dataloader import check_encoder, check_width, draw_sets, load_splits, read_description
+from dataloader import check_alike, check_encoder, draw_sets, load_splits, read_description
 from evaluate import evaluate_split, summary, test
 from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path
 from model import GMVAE, load_model
@@ -176,7 +176,8 @@ def train(splits, device, bf16, config, stop, args):
     """
     torch.manual_seed(args.seed)
     sizes = splits["train"].shape[-1], args.hidden_size, args.latent_size
-    model = GMVAE(*sizes, not args.no_set_attention, bf16).to(device)
+    signed = splits["train"].min().item() < 0
+    model = GMVAE(*sizes, not args.no_set_attention, bf16, signed).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed + 2**31)  # not the draws of the weights
     parts = {"model": model, "optimizer": optimizer, "generator": generator}
@@ -261,13 +262,14 @@ def main():
         bf16 = not args.eval_only and use_bf16(args.precision, device)
         if args.eval_only:
             (path,) = weights_for(args)
-            width = load_model(path).sizes["feature_size"]  # a bad one is refused before anything is written
+            sizes = load_model(path).sizes  # a bad one is refused before anything is written
             args.test_way = args.test_way or [load_checkpoint(path).get("way", args.way)]
         wait(rank() > 0)  # until the first has checked the data and opened the folder
         described = read_description(args.data_dir)
         splits = load_splits(args, described)
         if args.eval_only:
-            check_width(args.data_dir, "test", splits["test"], width, path)
+            of = sizes["feature_size"], sizes["signed"], path
+            check_alike(args.data_dir, "test", splits["test"], *of)
             check_encoder(described, path, args.data_dir)
         names = make_parser().names
         flags = names("run", "evaluation", "test") | (set() if args.eval_only else names("training"))

@@ -42,14 +42,16 @@ class GMVAE(nn.Module):
     """Set network and decoder for features of any width; no image encoder.
 
     Nothing here depends on the number of components. With bf16, set network and decoder run under
-    autocast; everything the mixture sees is float32.
+    autocast; everything the mixture sees is float32. `signed`: features may be below zero.
     """
 
-    def __init__(self, feature_size, hidden_size=512, latent_size=32, set_attention=True, bf16=False):
+    def __init__(
+        self, feature_size, hidden_size=512, latent_size=32, set_attention=True, bf16=False, signed=False
+    ):
         super().__init__()
         width = feature_size
         self.sizes = {"feature_size": feature_size, "hidden_size": hidden_size, "latent_size": latent_size}
-        self.sizes["set_attention"] = set_attention
+        self.sizes |= {"set_attention": set_attention, "signed": signed}
         self.bf16 = bf16
         self.set_network = nn.Sequential(
             SetAttention(width), SetAttention(width), nn.Linear(width, 2 * latent_size)
@@ -57,7 +59,7 @@ class GMVAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(latent_size, hidden_size), nn.ReLU(),
             nn.Linear(hidden_size, hidden_size), nn.ReLU(),
-            nn.Linear(hidden_size, width), nn.ReLU(),  # the features end in a ReLU as well
+            nn.Linear(hidden_size, width), nn.Identity() if signed else nn.ReLU(),  # as the encoder ends
         )  # fmt: skip
 
     def autocast(self, x, enabled=True):
@@ -82,7 +84,7 @@ class GMVAE(nn.Module):
             return linear(sets.float()).view(*h.shape[:2], -1).chunk(2, dim=-1)
 
     def decode(self, z):
-        """Decode latents (N, D) -> features (N, width), float32 >= 0."""
+        """Decode latents (N, D) -> features (N, width), float32, >= 0 unless signed."""
         with self.autocast(z):
             return self.decoder(z).float()
 

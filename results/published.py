@@ -37,6 +37,7 @@ STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 SIMCLR = {"batch_size": 512, "view_size": 84}
 # What the fast recipe changes, and what ours does, whose decoder draws characters without their pose.
 FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}
+LARGER_SETS = FAST | {"batch_size", "latent_size", "kl_weight", "weight_decay", "lr"}
 CANONICAL = FAST | {"lr", "target", "warp", "kl_weight", "e_step", "eval_episodes"}
 
 
@@ -55,6 +56,8 @@ def recipe(experiment, run):
     elif args.get("target") == "canonical" and changed.keys() <= CANONICAL:
         reading = f", {args['e_step']} E-step" if "e_step" in changed else ""
         name = f"ours: drawings without their pose{reading}"
+    elif features.get("lda") and changed.keys() <= LARGER_SETS:
+        name = "ours: sets of 50, latents of 64"
     elif changed.keys() <= FAST:
         name = "fast"
     else:
@@ -63,7 +66,7 @@ def recipe(experiment, run):
     if name.startswith("published") and steps != STEPS[experiment]:
         name += f", {steps:,} of {STEPS[experiment]:,} steps"
     if experiment == "mimgnet" and encoder(features):
-        name = f"{encoder(features)}, else {name}"
+        name = f"{encoder(features)}, {'else ' * name.startswith('published')}{name}"
     elif experiment == "mimgnet" and epochs != EPOCHS:
         name += f", {epochs} of {EPOCHS} SimCLR epochs"
     return name
@@ -74,6 +77,7 @@ def encoder(features):
     if features.get("loss") == "prototypical":
         size = features.get("feature_size", SIMCLR["view_size"])
         of = "" if size == SIMCLR["view_size"] else f", {size} pixels"
+        of += f", {features['lda']} directions" if features.get("lda") else ""
         return f"prototypical encoder, {features['batch_size']} x {features['views']} views{of}"
     found = {name: features.get(name, value) for name, value in SIMCLR.items()}  # older ones say less
     sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"

@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataloader import check_apart, check_episodes, load_split, plain_views
+from dataloader import check_apart, check_episodes, load_split, plain_views, training_views
 from fewshot import evaluate, logistic_regression, standardise
 from machine import HERE, UserError, write
-from model import load_model
+from model import Encoder, lda, load_model
 from parallel import rank
 from runtime import load_checkpoint, save_checkpoint, write_json
 
 SPLITS = ("train", "val", "test")
 SHOTS, BEST_SHOT = (1, 5), 5  # of validations; best.pt is the best at 5 shots, which vary less
 TEST_SEED = 2  # of the episodes: the same for every run
+LDA_VIEWS, LDA_IMAGES, LDA_SEED = 4, 3000, 3
 PREPARE = HERE.parent / "data/imgnet/prepare.py"
 
 
@@ -36,9 +37,28 @@ def encode_all(encoder, images, size, name=None):
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     batches = images.flatten(0, 1).split(500 if images.is_cuda else 100)
     bar = tqdm(batches, desc=name, disable=name is None, mininterval=0.1 if sys.stderr.isatty() else 30)
-    features = torch.cat([encoder(plain_views(batch, size)) for batch in bar])
+    features = torch.cat([encoder.features(plain_views(batch, size)) for batch in bar])
     encoder.bf16, torch.backends.cudnn.benchmark = trained_in, searching
     return features.unflatten(0, images.shape[:2])
+
+
+@torch.no_grad()
+def with_directions(encoder, images, size, count, training):
+    """Return the encoder with `count` directions of `lda`, from views of some of the images (N, 84, 84, 3).
+
+    The views are those of its training, but as large as the images will be.
+    """
+    generator = torch.Generator().manual_seed(LDA_SEED)
+    strength = training["crop_scale"], training["jitter"], training["hue"]
+    chosen = torch.randperm(len(images), generator=generator)[:LDA_IMAGES].to(images.device)
+    views = []
+    for some in tqdm(chosen.split(25), desc="views", mininterval=0.1 if sys.stderr.isatty() else 30):
+        h = encoder(training_views(images[some], generator, size, LDA_VIEWS, strength))
+        views.append(h.unflatten(0, (LDA_VIEWS, -1)).cpu())
+    centre, directions = lda(torch.cat(views, 1), count)
+    found = Encoder(**encoder.sizes, directions=directions.shape)
+    found.load_state_dict(encoder.state_dict() | {"centre": centre, "directions": directions})
+    return found.to(images.device).eval()
 
 
 def checksum(encoder):
@@ -54,6 +74,15 @@ def export(splits, device, args):
     path, folder = args.checkpoint or args.save_dir / f"{args.export}.pt", args.feature_save_dir
     encoder, checkpoint = load_model(path).to(device), load_checkpoint(path)
     size, features = args.feature_size, {}
+    width, count = encoder.sizes.get("directions", (encoder.width(size), args.lda))
+    if width != encoder.width(size) or args.lda not in (0, count):
+        expected = f"those of its {count} directions in {width} features expected"
+        raise UserError(f"{path}: --feature-size {size} and --lda {args.lda} found, {expected}")
+    if count > width:
+        raise UserError(f"--lda: {count} found, at most the {width} features of an image expected")
+    if count and "directions" not in encoder.sizes:
+        images = splits["train"].flatten(0, 1)
+        encoder = with_directions(encoder, images, size, count, checkpoint["training"])
     for name, images in splits.items():
         features[name] = encode_all(encoder, images, size, f"{name} features")
     if not all(h.isfinite().all() for h in features.values()):
@@ -70,10 +99,10 @@ def export(splits, device, args):
     for name, h in features.items():
         (folder / f".{name}_features.npy").replace(folder / f"{name}_features.npy")
         print(f"{folder / name}_features.npy  {h.shape[:2].numel()} images, {h.shape[-1]} features")
-    described = {"feature_size": size, "encoder_crc32": checksum(encoder)}
+    described = {"feature_size": size, "lda": count, "encoder_crc32": checksum(encoder)}
     described |= {"images_per_class": counts, "crc32": sums}
     write_json(folder / "features.json", {"train_epochs": about["epoch"], **about["training"], **described})
-    if not args.checkpoint:
+    if not args.checkpoint or args.lda:
         weights = {"model": encoder.state_dict(), "sizes": encoder.sizes}
         save_checkpoint(args.save_dir / "encoder.pt", weights | about)
     return features

@@ -79,6 +79,7 @@ def make_parser():
     add = p.add_argument_group("evaluation").add_argument
     larger = number(int, 64, below=1025)
     add("--feature-size", type=larger, default=SIZE, help="pixels of an image's side when features are made")
+    add("--lda", type=natural, default=0, help="project features on so many directions; 0: do not")
     add("--way", type=count, default=5, help="classes of an episode")
     add("--query", type=count, default=15, help="query images per class")
     add("--eval-episodes", type=count, default=1000, help="episodes of a validation or probe, for each shot")
@@ -103,6 +104,9 @@ def parse_args(argv=None):
         p.error(f"--views: {args.views} found, 2 expected for --loss nt-xent")
     if args.probe and args.way < 2:
         p.error(f"--way: {args.way} found, at least 2 expected for --probe")
+    width = args.hidden_size * (args.feature_size // 32) ** 2
+    if args.lda > width and not args.export_only:
+        p.error(f"--lda: {args.lda} found, at most the {width} features of an image expected")
     features = args.save_dir / "features" if args.debug else HERE.parent / "data/imgnet"
     args.feature_save_dir = args.feature_save_dir or features
     if args.debug:

@@ -35,13 +35,18 @@ class Encoder(nn.Module):
     """Conv5: (N, 3, 84, 84) normalised images -> float32 features h (N, 4 * hidden_size); 150,144 parameters.
 
     Published features are 256 wide: 2 x 2 places of 64 channels (paper, Mini-ImageNet). Images of other sizes
-    have (size // 32)^2 places. With bf16 the convolutions run under autocast.
+    have (size // 32)^2 places. With bf16 the convolutions run under autocast. With `directions` (width, K),
+    which `lda` finds once the encoder is trained, `features` are K wide.
     """
 
-    def __init__(self, hidden_size=64, bf16=False):
+    def __init__(self, hidden_size=64, bf16=False, directions=None):
         super().__init__()
         c = hidden_size
         self.sizes, self.bf16 = {"hidden_size": hidden_size}, bf16
+        if directions:
+            self.sizes["directions"] = list(directions)
+            self.register_buffer("centre", torch.zeros(directions[0]))
+            self.register_buffer("directions", torch.zeros(*directions))
         blocks = ConvBlock(3, c), *(ConvBlock(c, c) for _ in range(4))  # 84, 42, 21, 10, 5, 2 pixels
         self.blocks = nn.Sequential(*blocks, nn.Flatten())
         self.to(memory_format=torch.channels_last)
@@ -49,6 +54,17 @@ class Encoder(nn.Module):
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.blocks(x.contiguous(memory_format=torch.channels_last)).float()
+
+    def width(self, size):
+        """Return the number of features h of an image of `size` pixels."""
+        return self.sizes["hidden_size"] * (size // 32) ** 2
+
+    def features(self, x):
+        """Return the features for few-shot learning: h, or its coordinates by `lda`, all of the same norm."""
+        h = self(x)
+        if "directions" in self.sizes:
+            h = F.normalize((h - self.centre) @ self.directions, dim=-1) * self.sizes["directions"][1] ** 0.5
+        return h
 
 
 def projection_head(hidden_size=64):
@@ -82,6 +98,26 @@ def prototypical(h, views, temperature):
     row, view = torch.arange(len(h), device=h.device).unsqueeze(1), torch.arange(views, device=h.device)
     image = torch.where(row // n == view, -100, row % n)  # -100: a view is no prototype for itself
     return F.cross_entropy(logits.view(-1, n), image.flatten(), ignore_index=-100)
+
+
+def lda(h, count):
+    """Find the directions in which images differ most, in proportion to what differs in views of an image.
+
+    Linear discriminant analysis (Fisher, 1936) with every image as a class; ours, not the paper's. h (V, N,
+    width): V views of N images -> their mean (width,), directions (width, count), the best first. With W the
+    covariance of the views of an image, plus half its mean variance on the diagonal against noise, and B the
+    covariance of the images' means, the columns p maximise p'Bp / p'Wp and have p'Wp = 1.
+    """
+    h = h.double()
+    means = h.mean(0)
+    spread = (h - means).flatten(0, 1)
+    within = spread.T @ spread / ((len(h) - 1) * len(means))
+    within += 0.5 * within.diagonal().mean() * torch.eye(len(within), dtype=h.dtype)
+    root = torch.linalg.cholesky(within)
+    half = torch.linalg.solve_triangular(root, means.T.cov(), upper=False)
+    whitened = torch.linalg.solve_triangular(root, half.T, upper=False)  # B where W is the identity
+    best = torch.linalg.eigh(whitened).eigenvectors[:, -count:].flip(1)
+    return means.mean(0).float(), torch.linalg.solve_triangular(root.T, best, upper=True).float()
 
 
 def load_model(path):

@@ -98,7 +98,9 @@ def test_networks_follow_the_method():
         "hidden_size": 512,
         "latent_size": 32,
         "set_attention": True,
+        "signed": False,
     }
+    assert model.GMVAE(256, signed=True).decode(torch.randn(7, 32)).min() < 0
 
 
 def test_bf16_stays_close_and_the_mixture_float32():

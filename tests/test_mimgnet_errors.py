@@ -140,7 +140,6 @@ BAD_FILES = {
     "width of the others": (lambda a: a[:, :28], "expected 28"),
     "NaN": (with_value(np.nan), "1 images with NaN"),
     "infinite": (with_value(-np.inf), "1 images with NaN"),
-    "negative": (with_value(-1.0), "down to -1.0 found, none below zero"),
     "beyond float32": (with_value(1e200), "1 images with NaN"),
     "too few for a step": (
         lambda a: a[:0:-1][:20],
@@ -160,6 +159,15 @@ def test_bad_features(case, data, tmp_path, refused):
         words=["train_features.npy", words],
     )  # fmt: skip
     assert not (tmp_path / "run").exists()
+
+
+def test_features_below_zero_where_those_of_training_are_not(data, tmp_path, refused):
+    for split in ("train", "val", "test"):
+        shutil.copy(data / f"{split}_features.npy", tmp_path)
+    path = tmp_path / "test_features.npy"
+    np.save(path, np.load(path) - 0.5)
+    said = "test_features.npy: features down to -0.5 found, none below zero expected as in train_features.npy"
+    refused("--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY, words=[said])
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "cut", "npz", "no header"])

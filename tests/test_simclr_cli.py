@@ -29,7 +29,7 @@ TINY = [*TINY.split(), *"--way 2 --query 1 --test-shot 1 2".split()]
 TINY_FEATURES = {
     "train_epochs": 3, "batch_size": 8, "view_size": 84,
     "loss": "nt-xent", "views": 2, "crop_scale": 0.08, "jitter": 0.8, "hue": 0.2,
-    "feature_size": 84, "images_per_class": {"train": 6, "val": 6, "test": 6},
+    "feature_size": 84, "lda": 0, "images_per_class": {"train": 6, "val": 6, "test": 6},
 }  # fmt: skip
 
 
