@@ -39,14 +39,11 @@ def accuracies(features, way, shot, iters):
     return torch.cat(found)
 
 
-def standardised(folder):
-    """Load test features, standardised by the training features: (classes, images of a class, width)."""
-    train, test = (torch.from_numpy(np.load(folder / f"{name}_features.npy")) for name in ("train", "test"))
-    return ((test - train.mean(0)) / train.std(0).clamp_min(1e-6)).unflatten(0, (-1, IMAGES))
+def load_features(folder, run):
+    """Load test features, without --lda standardised by training features: (classes, images, width).
 
-
-def check_features(folder, run):
-    """Check that the features were made as the encoder of results/<run> was trained. Raises UserError."""
+    Raises UserError if they were not made as results/<run> says.
+    """
     path = folder / "features.json"
     if not path.exists():
         raise UserError(f"{path}: not found, the features of {run} and their description expected")
@@ -54,6 +51,10 @@ def check_features(folder, run):
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name]:
             raise UserError(f"{path}: {name} {found[name]} found, {expected[name]} expected, as in {run}")
+    train, test = (torch.from_numpy(np.load(folder / f"{name}_features.npy")) for name in ("train", "test"))
+    if not found.get("lda"):
+        test = (test - train.mean(0)) / train.std(0).clamp_min(1e-6)
+    return test.unflatten(0, (-1, IMAGES))
 
 
 def main():
@@ -70,9 +71,7 @@ def main():
             inputs = {"the drawings": x, "drawings without their pose": canonical(x, pose(x))}
             inputs = {f" on {name}": images.flatten(2) for name, images in inputs.items()}
         else:
-            folder = args.data_dir or RESULTS.parent / "data/imgnet"
-            check_features(folder, args.run)
-            inputs = {"": standardised(folder)}
+            inputs = {"": load_features(args.data_dir or RESULTS.parent / "data/imgnet", args.run)}
         ways, shots = CELLS[experiment]
         for of, features in inputs.items():
             for name, iters in CLASSIFIERS.items():

@@ -78,6 +78,7 @@ def export(splits, device, args):
     if width != encoder.width(size) or args.lda not in (0, count):
         expected = f"those of its {count} directions in {width} features expected"
         raise UserError(f"{path}: --feature-size {size} and --lda {args.lda} found, {expected}")
+    args.lda = count  # also for a probe
     if count > width:
         raise UserError(f"--lda: {count} found, at most the {width} features of an image expected")
     if count and "directions" not in encoder.sizes:
@@ -109,9 +110,12 @@ def export(splits, device, args):
 
 
 def probe(features, args):
-    """Test logistic regression on test features, standardised by training features; write test.json."""
-    standard = standardise(features["test"], features["train"])
-    results = evaluate(standard, logistic_regression, args.test_shot, TEST_SEED, args)
+    """Test logistic regression on test features; write test.json.
+
+    Features are standardised by those of training; not coordinates by `lda`, whose scales mean something.
+    """
+    test = features["test"] if args.lda else standardise(features["test"], features["train"])
+    results = evaluate(test, logistic_regression, args.test_shot, TEST_SEED, args)
     for name, r in results.items():
         print(f"probe {name:>12}  {r['accuracy']:6.2f} ± {r['ci95']:.2f} %  ({r['episodes']} episodes)")
     write_json(args.save_dir / "test.json", results)
