@@ -57,7 +57,7 @@ def recipe(experiment, run):
         reading = f", {args['e_step']} E-step" if "e_step" in changed else ""
         name = f"ours: drawings without their pose{reading}"
     elif features.get("lda") and changed.keys() <= LARGER_SETS:
-        name = "ours: sets of 50, latents of 64"
+        name = f"ours: sets of {args['sample_size']}"
     elif changed.keys() <= FAST:
         name = "fast"
     else:
@@ -66,7 +66,8 @@ def recipe(experiment, run):
     if name.startswith("published") and steps != STEPS[experiment]:
         name += f", {steps:,} of {STEPS[experiment]:,} steps"
     if experiment == "mimgnet" and encoder(features):
-        name = f"{encoder(features)}, {'else ' * name.startswith('published')}{name}"
+        made_by = encoder(features)
+        name = f"{name}; {made_by}" if name.startswith("ours") else f"{made_by}, else {name}"
     elif experiment == "mimgnet" and epochs != EPOCHS:
         name += f", {epochs} of {EPOCHS} SimCLR epochs"
     return name
