@@ -88,7 +88,8 @@ def test_outputs(finished):
         and config["versions"]["torch"] == torch.__version__
     )
     best = torch.load(finished / "best.pt", weights_only=True)
-    assert best["sizes"] == {"feature_size": 32, "hidden_size": 16, "latent_size": 4, "set_attention": True}
+    sizes = {"feature_size": 32, "hidden_size": 16, "latent_size": 4, "set_attention": True}
+    assert best["sizes"] == sizes | {"signed": False}
     scores = [line["5way1shot"]["accuracy"] for line in metrics(finished)]
     assert best["step"] == 100 * (1 + scores.index(max(scores)))
 
