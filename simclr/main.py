@@ -25,7 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataloader import HUE, JITTER, SCALE, SIZE, contact_sheet, epoch_order, training_views
-from export import BEST_SHOT, SHOTS, check_feature_dir, check_probe, encode_all, export, load_splits, probe
+from export import BEST_SHOT, SHOTS, check_feature_dir, check_probe, checksum, encode_all, export
+from export import load_splits, probe
 from fewshot import evaluate, nearest_mean, standardise
 from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path, write
 from model import Encoder, load_model, nt_xent, projection_head, prototypical
@@ -60,6 +61,7 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--debug", action="store_true", help="try it: 2 epochs of 2 steps; features into --save-dir")
     add = p.add_argument_group("training").add_argument
+    add("--init", type=user_path, help="encoder.pt to start from; not given: random weights")
     add("--hidden-size", type=count, default=64, help="channels; the features are 4 times as wide")
     add("--loss", choices=["nt-xent", "prototypical"], default="nt-xent", help="on projections or features")
     add("--temperature", type=number(float, 1e-3), default=0.5, help="of the loss")
@@ -98,6 +100,8 @@ def parse_args(argv=None):
         p.error("--checkpoint goes with --export-only; --resume continues a run")
     if args.resume and args.export_only:
         p.error("--resume is of training, --export-only found")
+    if args.init and args.export_only:
+        p.error("--init is of training, --export-only found")
     if args.checkpoint and args.export != p.get_default("export"):
         p.error(f"--export {args.export} is of the run in --save-dir, --checkpoint found")
     if args.loss == "nt-xent" and args.views != 2:
@@ -161,6 +165,8 @@ def train(splits, device, bf16, config, stop, args):
     """
     torch.manual_seed(args.seed)
     encoder = Encoder(args.hidden_size, bf16).to(device)
+    if args.init:
+        encoder.blocks.load_state_dict(load_model(args.init).blocks.state_dict())
     if args.loss == "nt-xent":
         projection, criterion = projection_head(args.hidden_size).to(device), nt_xent
     else:
@@ -262,6 +268,13 @@ def main():
             load_model(args.checkpoint or args.save_dir / f"{args.export}.pt")
         if args.checkpoint:
             write_json(args.save_dir / "config.json", open_folder(args.save_dir, config, testing=True))
+        if args.init:
+            start = load_model(args.init)
+            channels = start.sizes["hidden_size"]
+            if channels != args.hidden_size:
+                found = f"{args.hidden_size} found, {channels} expected as in {args.init}"
+                raise UserError(f"--hidden-size: {found}")
+            config["init_crc32"] = checksum(start)
         check_feature_dir(args.feature_save_dir)
         if not args.export_only:
             longer = {"train_epochs"} if args.constant_epochs >= args.train_epochs else set()

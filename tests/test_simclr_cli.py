@@ -242,6 +242,23 @@ def test_a_prototypical_run_resumes_as_if_never_interrupted(data_dir, tmp_path):
     assert_same_run(whole, features, tmp_path / "s", tmp_path / "f")
 
 
+def test_training_starts_from_an_encoder(whole_run, tmp_path):
+    """At a rate of zero the weights stay those of --init, with or without directions."""
+    folder, _, flags = whole_run
+    start = folder / "encoder.pt"
+    for name, more in (("one", ["--lda", 3]), ("two", [])):
+        out = tmp_path / name
+        place = ["--save-dir", out, "--feature-save-dir", out, "--init", start, "--lr", 0]
+        result = run("simclr", *flags, *place, *more)
+        assert result.returncode == 0, result.stderr
+        trained, given = model.load_model(out / "encoder.pt"), model.load_model(start)
+        for found, expected in zip(trained.blocks.parameters(), given.blocks.parameters(), strict=True):
+            assert found.equal(expected)
+        checksum = load("simclr", "export").checksum(given)
+        assert json.loads((out / "config.json").read_text())["init_crc32"] == checksum
+        start = out / "encoder.pt"
+
+
 def recipe(name):
     """The flags of a recipe file."""
     lines = (ROOT / "simclr/recipes" / f"{name}.txt").read_text().splitlines()

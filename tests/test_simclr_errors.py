@@ -46,6 +46,8 @@ def fails_here(capsys, monkeypatch, words, *args):
         ["--export best is of the run", "--checkpoint found"],
         ["--export-only", "--checkpoint", "x.pt", "--export", "best"],
     ),
+    (["--init is of training"], ["--export-only", "--init", "x.pt"]),
+    (["x.pt: not found"], ["--init", "x.pt"]),
     (["--way: 1 found", "--probe"], ["--probe", "--way", 1]),
     (["--feature-save-dir", "/dev/null"], ["--feature-save-dir", "/dev/null"]),
 ])  # fmt: skip
@@ -55,6 +57,13 @@ def test_wrong_flags(capsys, monkeypatch, data_dir, tmp_path, words, flags):
         "--feature-save-dir", tmp_path / "f", *flags,
     )  # fmt: skip
     assert not (tmp_path / "f").exists() and not (tmp_path / "s/last.pt").exists()
+
+
+def test_an_encoder_of_another_width(capsys, monkeypatch, data_dir, whole_run, tmp_path):
+    init = whole_run[0] / "encoder.pt"
+    flags = ["--data-dir", data_dir, *TINY, "--save-dir", tmp_path / "s", "--init", init, "--hidden-size", 8]
+    fails_here(capsys, monkeypatch, ["--hidden-size: 8 found, 4 expected as in", init], *flags)
+    assert not (tmp_path / "s").exists()
 
 
 def test_wrong_data(capsys, monkeypatch, data_dir, tmp_path):
