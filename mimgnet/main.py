@@ -80,9 +80,9 @@ def make_parser():
     add("--eval-episodes", type=count, default=1000, help="episodes of a validation or test, for each shot")
     add("--test-mc-sample-size", type=count, default=256, help="Monte-Carlo samples per image")
     add("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on an episode")
-    readings = ["unit", "learned", "tied", "k-means"]
+    readings = ["unit", "learned", "tied", "tied-full", "k-means"]
     add("--e-step", choices=readings, default="unit", 
-        help="variance 1 (published), per class, shared by all, or variance 1 with hard assignments")
+        help="variance: 1 (published), per class, shared, shared covariance, 1 with hard assignments")
     add("--no-set-attention", action="store_true", help="encode every image alone: an ablation")
     add = p.add_argument_group("test").add_argument
     add("--test-way", type=count, nargs="+", help="ways to test; not given: the way of training")

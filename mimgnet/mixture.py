@@ -11,18 +11,21 @@ import torch
 
 MIN_VAR = 1e-6  # a class whose samples coincide keeps a density
 MIN_WEIGHT = 1e-12  # a component that lost all its samples keeps a finite log pi
+PRIOR_IMAGES, PRIOR_SPREAD = 100, 10  # "tied-full": of the prior of its covariance, in `shared_covariance`
 
 
 def log_joint(z, pi, mu, var=None):
     """Return log pi_k N(z; mu_k, var_k) without the terms that do not depend on k, by matrix products.
 
-    z (B, N, D), pi (B, K), mu (B, K, D), var (B, K, D) or None for the identity -> (B, K, N).
-    Without var the terms left out are -|z|^2/2 - D/2 log(2 pi); with var, only -D/2 log(2 pi).
+    z (B, N, D), pi (B, K), mu (B, K, D) -> (B, K, N). var: variances (B, K, D), one covariance of all
+    components (B, 1, D, D), or None for the identity. The terms left out are -D/2 log(2 pi), with a
+    covariance C (None: the identity) also -z'C^-1 z/2 - log det C/2.
     Nothing of size N x K x D is formed (paper, Gaussian-mixture prior; eq. of the E-step).
     """
     log_pi = pi.clamp_min(MIN_WEIGHT).log()
-    if var is None:
-        return mu @ z.mT + (log_pi - 0.5 * mu.square().sum(-1)).unsqueeze(-1)
+    if var is None or var.ndim == 4:
+        direction = mu if var is None else torch.linalg.solve(var.squeeze(1), mu.mT).mT
+        return direction @ z.mT + (log_pi - 0.5 * (direction * mu).sum(-1)).unsqueeze(-1)
     precision = 1 / var
     constant = log_pi - 0.5 * (mu.square() * precision - precision.log()).sum(-1)
     return (mu * precision) @ z.mT - 0.5 * precision @ z.square().mT + constant.unsqueeze(-1)
@@ -73,27 +76,51 @@ def log_prior(z, pi, mu):
     return log_joint(z, pi, mu).logsumexp(-2) - left_out
 
 
-@torch.no_grad()
-def adapt(support, query, iters, reading="unit"):
-    """Fit mean and diagonal variance of every class of an episode by semi-supervised EM.
+def shared_covariance(moment, weight, mu, samples):
+    """Estimate one covariance of all classes: (B, 1, D, D).
 
-    support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples. ->
-    mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit" variance (released code), the variance
-    "learned" so far (paper, figure 1), "tied", learned but shared by the classes (their mean, weighted by
-    their samples), or "k-means": unit variance, each sample assigned to its likeliest class. With iters=0 the
-    result is the support means and variance 1.
+    moment (B, D, D) is the sum of zz' over all samples, weight (B, K, 1) the samples of each class, mu (B, K,
+    D) their means. The estimate has an inverse Wishart prior (as in Fraley and Raftery, J. of Classification
+    2007), as if PRIOR_IMAGES more images of `samples` samples had PRIOR_SPREAD times the variance of all
+    samples, in every direction: an episode's few images alone would give too small variances.
+    """
+    count, prior = weight.sum(1, keepdim=True), PRIOR_IMAGES * samples
+    centre = (weight * mu).sum(1, keepdim=True) / count
+    variance = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] / count
+    variance = (variance - centre.square().mean(-1, keepdim=True)).clamp_min(MIN_VAR)
+    scatter = moment - (weight * mu).mT @ mu
+    wide = prior * PRIOR_SPREAD * variance * torch.eye(mu.shape[-1], dtype=mu.dtype, device=mu.device)
+    return ((scatter + wide) / (count + prior)).unsqueeze(1)
+
+
+@torch.no_grad()
+def adapt(support, query, iters, reading="unit", samples=1):
+    """Fit mean and variance of every class of an episode by semi-supervised EM.
+
+    support (B, K, n, D): the n samples of each class, labels fixed; query (B, N, D): unlabeled samples;
+    `samples` of them are one image's. -> mu, var (B, K, D). pi stays uniform. Readings of the E-step: "unit"
+    variance (released code), the variance "learned" so far (paper, figure 1), "tied", learned but shared by
+    the classes (their mean, weighted by their samples), "tied-full", a shared covariance, for which var is
+    (B, 1, D, D), or "k-means": unit variance, each sample assigned to its likeliest class. With iters=0 the
+    result is the support means and variance 1, or the support's covariance.
     """
     B, K, n, D = support.shape
     pi = support.new_full((B, K), 1 / K)
     first, second = support.sum(2), support.square().sum(2)  # the support's share of every M-step
     mu, var, query2 = first / n, torch.ones_like(first), query.square()
+    if reading == "tied-full":
+        labeled, every = support.flatten(1, 2), torch.cat([support.flatten(1, 2), query], 1)
+        var = shared_covariance(labeled.mT @ labeled, torch.full_like(mu[..., :1], n), mu, samples)
+        moment = every.mT @ every
     for step in range(iters):
-        resp = e_step(query, pi, mu, var if reading in ("learned", "tied") else None)
+        resp = e_step(query, pi, mu, None if reading in ("unit", "k-means") else var)
         if reading == "k-means":
             resp = torch.zeros_like(resp).scatter_(-2, resp.argmax(-2, keepdim=True), 1)
         weight = n + resp.sum(-1, keepdim=True)
         mu = (first + resp @ query) / weight
-        if reading in ("learned", "tied") or step == iters - 1:
+        if reading == "tied-full":
+            var = shared_covariance(moment, weight, mu, samples)
+        elif reading in ("learned", "tied") or step == iters - 1:
             var = ((second + resp @ query2) / weight - mu.square()).clamp_min(MIN_VAR)
         if reading == "tied":
             var = ((weight * var).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).expand_as(mu)
@@ -104,7 +131,7 @@ def adapt(support, query, iters, reading="unit"):
 def predict(query, mu, var):
     """Return class probabilities of query images, averaged over their S samples; pi uniform.
 
-    query (B, Q, S, D), mu and var (B, K, D) -> (B, Q, K).
+    query (B, Q, S, D), mu and var as `adapt` returns them -> (B, Q, K).
     """
     B, Q, S, D = query.shape
     resp = e_step(query.reshape(B, Q * S, D), mu.new_ones(mu.shape[:2]), mu, var)
@@ -120,7 +147,7 @@ def classify(support, query, iters, reading="unit"):
     """
     centre = support[:, :, 0, 0].mean(1)
     support, query = support - centre[:, None, None, None], query - centre[:, None, None]
-    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
+    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading, query.shape[2])
     return predict(query, mu, var)
 
 

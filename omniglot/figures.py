@@ -58,7 +58,9 @@ def fit_episode(model, images, args, reading="unit"):
     z = sample_posterior(mean, log_var, noise).unflatten(1, x.shape[:2])  # (1, way, members, S, D)
     support, query = z[:, :, : args.shot], z[:, :, args.shot :]
     before = support.flatten(2, 3).mean(2)[0]
-    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 3), iters=10, reading=reading)
+    mu, var = adapt(support.flatten(2, 3), query.flatten(1, 3), 10, reading, args.samples)
+    if var.ndim == 4:  # a covariance of all classes
+        var = var.diagonal(dim1=-2, dim2=-1).expand_as(mu)
     return x.squeeze(-1), mean[0].unflatten(0, x.shape[:2]), before, mu[0], var[0]
 
 

@@ -91,8 +91,44 @@ def adapt(support, query, iters, reading):
     return mu, var
 
 
+def adapt_tied_full(support, query, iters, samples):
+    """The same with one full covariance: support (K, n, D), query (N, D) -> mu (K, D), covariance (D, D).
+
+    100 more images, of ten times the mean variance of all, are in every estimate; the first one is of the
+    support alone.
+    """
+    K, n, D = support.shape
+    given = torch.eye(K, dtype=support.dtype).repeat_interleave(n, 0)
+
+    def covariance(z, resp, mu):
+        spread = z.var(0, correction=0).mean()
+        total = 100 * samples * 10 * spread * torch.eye(D, dtype=z.dtype)
+        for i in range(len(z)):
+            for k in range(K):
+                total = total + resp[i, k] * torch.outer(z[i] - mu[k], z[i] - mu[k])
+        return total / (len(z) + 100 * samples)
+
+    mu = support.mean(1)
+    cov = covariance(support.flatten(0, 1), given, mu)
+    z = torch.cat([support.flatten(0, 1), query])
+    for _ in range(iters):
+        resp = torch.cat([given, posterior_of_class(query, mu, cov)])
+        _, mu = m_step(z, resp)
+        cov = covariance(z, resp, mu)
+    return mu, cov
+
+
+def posterior_of_class(z, mu, cov):
+    """p(y=k | z) for Gaussian classes of one covariance, equally likely: z (N, D) -> (N, K)."""
+    normal = torch.distributions.MultivariateNormal
+    return torch.stack([normal(m, cov).log_prob(z) for m in mu], -1).softmax(-1)
+
+
 def classify(support, query, iters, reading):
     """Class probabilities of query images: support (..., K, n, D), query (..., Q, S, D) -> (..., Q, K)."""
+    if reading == "tied-full":
+        mu, cov = adapt_tied_full(support, query.flatten(0, 1), iters, query.shape[1])
+        return posterior_of_class(query.flatten(0, 1), mu, cov).unflatten(0, query.shape[:2]).mean(1)
     mu, var = adapt(support, query.flatten(-3, -2), iters, reading)
     pi = mu.new_full(mu.shape[:-1], 1 / mu.shape[-2])
     return e_step(query.flatten(-3, -2), pi, mu, var).unflatten(-2, query.shape[-3:-1]).mean(-2)

@@ -82,7 +82,7 @@ def test_log_prior():
         torch.testing.assert_close(value[b], plain.log_likelihood(z[b], pi[b], mu[b]))
 
 
-@pytest.mark.parametrize("reading", ["unit", "learned", "tied", "k-means"])
+@pytest.mark.parametrize("reading", ["unit", "learned", "tied", "tied-full", "k-means"])
 @pytest.mark.parametrize("iters", [0, 1, 10])
 def test_adapt_and_classify(iters, reading):
     g = torch.Generator().manual_seed(4)
@@ -91,12 +91,14 @@ def test_adapt_and_classify(iters, reading):
         1, K, 1, 1, 1
     )
     query = torch.randn(B, Q, S, D, generator=g, dtype=torch.float64) + 1
-    mu, var = mixture.adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading)
+    mu, var = mixture.adapt(support.flatten(2, 3), query.flatten(1, 2), iters, reading, S)
     probabilities = mixture.classify(support, query, iters, reading)
     for b in range(B):
-        torch.testing.assert_close(
-            (mu[b], var[b]), plain.adapt(support[b].flatten(1, 2), query[b].flatten(0, 1), iters, reading)
-        )
+        flat = support[b].flatten(1, 2), query[b].flatten(0, 1), iters
+        if reading == "tied-full":
+            torch.testing.assert_close((mu[b], var[b, 0]), plain.adapt_tied_full(*flat, S))
+        else:
+            torch.testing.assert_close((mu[b], var[b]), plain.adapt(*flat, reading))
         torch.testing.assert_close(
             probabilities[b], plain.classify(support[b].flatten(1, 2), query[b], iters, reading)
         )
@@ -147,7 +149,7 @@ def test_likelihood_never_falls(seed, N, D, K, scale):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e4])
-@pytest.mark.parametrize("reading", ["unit", "learned", "tied", "k-means"])
+@pytest.mark.parametrize("reading", ["unit", "learned", "tied", "tied-full", "k-means"])
 def test_degenerate_sets_stay_finite(scale, reading):
     """Identical points, tiny and huge spreads, components that lose every sample."""
     g = torch.Generator().manual_seed(8)
