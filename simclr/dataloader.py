@@ -4,6 +4,7 @@ The random numbers of a view are few and are drawn on the CPU: the views are the
 number of images in each operation is known without waiting for a GPU.
 """
 
+import io
 import math
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from machine import UserError
 from parallel import share, world
@@ -303,13 +305,15 @@ def plain_views(images, size=SIZE):
 
 
 def contact_sheet(images, views, generator, size=SIZE, strength=STRENGTH):
-    """Make a picture of training views: each row is an image and `views` random views of it.
+    """Make a picture of training views, as the bytes of a PNG: a row is an image and random views of it.
 
-    uint8 (N, 84, 84, 3) -> uint8 (N * 84, (1 + views) * 84, 3), views of another size scaled to 84 pixels.
+    images uint8 (N, 84, 84, 3); the picture has N * 84 x (1 + views) * 84 pixels, to which views are scaled.
     """
     count = len(images)
     x = make_views(images.repeat_interleave(views, 0), *draw_views(count * views, generator, strength), size)
     x = F.interpolate(x, SIZE)
     x = (255 * x).round().byte().permute(0, 2, 3, 1).unflatten(0, (count, views)).cpu()
     rows = torch.cat([images.unsqueeze(1).cpu(), x], 1)  # (N, 1 + views, 84, 84, 3)
-    return rows.transpose(1, 2).reshape(count * SIZE, -1, 3).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(rows.transpose(1, 2).reshape(count * SIZE, -1, 3).numpy()).save(buffer, "png")
+    return buffer.getbuffer()

@@ -13,7 +13,6 @@ import os
 # Use huge pages for large CPU tensors; torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-import io
 import math
 import sys
 import time
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dataloader import HUE, JITTER, SCALE, SIZE, contact_sheet, epoch_order, training_views
@@ -30,13 +28,14 @@ from export import load_splits, probe
 from fewshot import evaluate, nearest_mean, standardise
 from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path, write
 from model import Encoder, load_model, nt_xent, projection_head, prototypical
+from neighbours import REFRESH_EPOCHS, draw_partners, find_neighbours
 from parallel import gather, join, part, rank, share, stopping, wait, wrap
 from runtime import Log, describe_run, open_folder, restore, save_checkpoint
 from runtime import say_other_data, snapshot, write_json, write_metrics
 
 VALIDATION_SEED = 1  # of the episodes: the same for every run
 SAVE_SECONDS = 300  # at most this much training is lost to a kill
-DESCRIBED = ("batch_size", "view_size", "loss", "views", "crop_scale", "jitter", "hue")  # in features.json
+DESCRIBED = "batch_size view_size loss views crop_scale jitter hue neighbours".split()  # in features.json
 
 
 def make_parser():
@@ -67,6 +66,7 @@ def make_parser():
     add("--temperature", type=number(float, 1e-3), default=0.5, help="of the loss")
     add("--batch-size", type=several, default=512, help="images per step; each gives --views views")
     add("--views", type=several, default=2, help="views per image and step; 2 for nt-xent")
+    add("--neighbours", type=natural, default=0, help="make half the views of one of so many near images")
     add("--view-size", type=number(int, 64, below=96), default=84, help="pixels of a view's side")
     add("--crop-scale", type=fraction, default=SCALE[0], help="smallest share of the image's area in a crop")
     add("--jitter", type=rate, default=JITTER, help="strength of brightness, contrast, saturation")
@@ -106,6 +106,8 @@ def parse_args(argv=None):
         p.error(f"--export {args.export} is of the run in --save-dir, --checkpoint found")
     if args.loss == "nt-xent" and args.views != 2:
         p.error(f"--views: {args.views} found, 2 expected for --loss nt-xent")
+    if args.neighbours and args.views % 2:
+        p.error(f"--views: {args.views} found, an even number expected for --neighbours")
     if args.probe and args.way < 2:
         p.error(f"--way: {args.way} found, at least 2 expected for --probe")
     width = args.hidden_size * (args.feature_size // 32) ** 2
@@ -180,9 +182,9 @@ def train(splits, device, bf16, config, stop, args):
     last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
     steps = 2 if args.debug else len(images) // args.batch_size  # of an epoch; left-over images are skipped
     total = steps * args.train_epochs
-    progress = restore(parts, last, {"step": 0, "seconds": 0.0, "history": []})
+    progress = restore(parts, last, {"step": 0, "seconds": 0.0, "history": [], "near": None})
     start = step = progress["step"]
-    history = progress["history"]
+    history, near = progress["history"], progress["near"]
     if start > total:
         found = f"{args.train_epochs} found, at least the {start // steps} epochs of {last} expected"
         raise UserError(f"--train-epochs: {found}")
@@ -205,9 +207,14 @@ def train(splits, device, bf16, config, stop, args):
         epoch, position = divmod(step - 1, steps)
         if order is None or position == 0:
             order = epoch_order(images, args.seed, epoch).to(device)
+        if args.neighbours and position == 0 and epoch % REFRESH_EPOCHS == 0:
+            near = find_neighbours(encoder, images, args.neighbours, vars(args))
         encoder.train()
-        batch = images[share(order[position * args.batch_size : (position + 1) * args.batch_size])]
-        x = training_views(batch, generator, args.view_size, args.views, strength)
+        sources = [order[position * args.batch_size : (position + 1) * args.batch_size]]
+        if args.neighbours:
+            sources.append(draw_partners(sources[0], near, generator))
+        views = args.view_size, args.views // len(sources), strength
+        x = torch.cat([training_views(images[share(rows)], generator, *views) for rows in sources])
         rate = learning_rate((step - 1) / steps, args)
         log.add(train_step(network, optimizer, x, rate, args.temperature, criterion, args.views))
         bar.update()
@@ -222,7 +229,7 @@ def train(splits, device, bf16, config, stop, args):
             results = validate(encoder, splits["val"], epoch + 1, step, history, args)
             history.append({"epoch": epoch + 1, "step": step, "seconds": seconds, **terms, **results})
         if saving:
-            progress = {"step": step, "seconds": time.monotonic() - began, "history": history}
+            progress = {"step": step, "seconds": time.monotonic() - began, "history": history, "near": near}
             save_checkpoint(last, snapshot(parts) | progress | about(encoder, step // steps, args))
             write_metrics(args.save_dir, history)
             saved = time.monotonic()
@@ -253,9 +260,7 @@ def main():
             draws = torch.Generator().manual_seed(args.seed)
             strength = args.crop_scale, args.jitter, args.hue
             rows = splits["train"][:16, 0].to(device)
-            buffer = io.BytesIO()
-            Image.fromarray(contact_sheet(rows, 9, draws, args.view_size, strength)).save(buffer, "png")
-            write(args.contact_sheet, buffer.getbuffer())
+            write(args.contact_sheet, contact_sheet(rows, 9, draws, args.view_size, strength))
             return
         names = make_parser().names
         flags = names("run", "evaluation", "test") | (set() if args.export_only else names("training"))

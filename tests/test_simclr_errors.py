@@ -30,6 +30,7 @@ def fails_here(capsys, monkeypatch, words, *args):
     (["--temperature"], ["--temperature", 0]),
     (["--views: 4 found, 2 expected for --loss nt-xent"], ["--views", 4]),
     (["--views", "1 found"], ["--loss", "prototypical", "--views", 1]),
+    (["--views: 3 found, an even"], ["--loss", "prototypical", "--views", 3, "--neighbours", 1]),
     (["--crop-scale", "1.5 found"], ["--crop-scale", 1.5]),
     (["--jitter", "-1 found"], ["--jitter=-1"]),
     (["--loss", "triplet"], ["--loss", "triplet"]),
