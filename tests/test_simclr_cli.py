@@ -273,6 +273,9 @@ def test_recipes():
     assert args.loss == "prototypical" and args.constant_epochs < args.train_epochs
     steps = 38_400 // args.batch_size
     assert args.train_epochs * steps * args.batch_size * args.views == pytest.approx(2.8e6, rel=0.05)
+    longer = main.parse_args([*recipe("prototypical"), *recipe("neighbours"), "--init", "x.pt"])
+    changed = {name for name, value in vars(longer).items() if value != vars(args)[name]}
+    assert changed == {"init", "neighbours", "lr", "train_epochs"}
 
 
 def test_a_smoke_run_keeps_its_features_to_itself():
