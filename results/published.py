@@ -37,7 +37,7 @@ STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 SIMCLR = {"batch_size": 512, "view_size": 84}
 # What the fast recipe changes, and what ours does, whose decoder draws characters without their pose.
 FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}
-LARGER_SETS = FAST | {"batch_size", "latent_size", "kl_weight", "weight_decay", "lr"}
+LARGER_SETS = FAST | {"batch_size", "latent_size", "kl_weight", "weight_decay", "lr", "e_step"}
 CANONICAL = FAST | {"lr", "target", "warp", "kl_weight", "e_step", "eval_episodes"}
 
 
@@ -47,6 +47,7 @@ def recipe(experiment, run):
     expected = RECIPES[experiment] | {"sample_size": SET_SIZES[experiment, args["way"]]}
     # A flag that is newer than the run had its default.
     changed = {flag: args[flag] for flag in expected if args.get(flag, expected[flag]) != expected[flag]}
+    reading = f", {args['e_step']} E-step" if "e_step" in changed else ""
     if not changed:
         name = "published"
     elif changed.keys() == {"train_mc_sample_size"}:
@@ -54,10 +55,9 @@ def recipe(experiment, run):
     elif changed.keys() == {"decode_samples"}:
         name = f"published, {changed['decode_samples']} of {args['train_mc_sample_size']} samples decoded"
     elif args.get("target") == "canonical" and changed.keys() <= CANONICAL:
-        reading = f", {args['e_step']} E-step" if "e_step" in changed else ""
         name = f"ours: drawings without their pose{reading}"
     elif features.get("lda") and changed.keys() <= LARGER_SETS:
-        name = f"ours: sets of {args['sample_size']}"
+        name = f"ours: sets of {args['sample_size']}{reading}"
     elif changed.keys() <= FAST:
         name = "fast"
     else:
@@ -79,7 +79,8 @@ def encoder(features):
         size = features.get("feature_size", SIMCLR["view_size"])
         of = "" if size == SIMCLR["view_size"] else f", {size} pixels"
         of += f", {features['lda']} directions" if features.get("lda") else ""
-        return f"prototypical encoder, {features['batch_size']} x {features['views']} views{of}"
+        near = " with neighbours" if features.get("neighbours") else ""
+        return f"prototypical encoder{near}, {features['batch_size']} x {features['views']} views{of}"
     found = {name: features.get(name, value) for name, value in SIMCLR.items()}  # older ones say less
     sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
     return "" if found == SIMCLR else sizes

@@ -113,3 +113,7 @@ def test_an_episode_is_adapted_as_in_the_test(checkpoint, glyphs_dir, monkeypatc
     ):
         torch.testing.assert_close(found.double(), expected[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, mu, rtol=1e-3)
+    *_, mu, var = figures.fit_episode(network, images, args, "tied-full")
+    expected, covariance = plain.adapt_tied_full(support[0], query[0], 10, samples=4)
+    torch.testing.assert_close(mu.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(var.double(), covariance.diagonal().expand(3, 8), rtol=1e-4, atol=1e-5)

@@ -277,6 +277,7 @@ def test_the_encoder_makes_the_features_that_were_tested(path, tmp_path):
     for folder in runs:
         out = tmp_path / name_of(folder)
         flags = ["--eval-only", "--checkpoint", folder, "--test-shot", 1, "--images-per-class", 600]
+        flags += ["--e-step", read_json(folder / "config.json")["args"]["e_step"]]
         result = run("mimgnet", "--data-dir", tmp_path, "--save-dir", out, *flags, timeout=300)
         assert result.returncode == 0, result.stderr
         assert_same_test(folder, out)
