@@ -142,7 +142,7 @@ def table(names=None):
         others = [[name, "alone", *(f"{cell:.2f}" for cell in cells), ""] for name, cells in others]
         lines += others if names is None else others[-1:]
         for how, scores, run in rows(experiment, runs, detail=names is None):
-            queries = "alone" if how.startswith(("baseline", ALONE)) and "EM on" not in how else "together"
+            queries = "alone" if how.startswith(("baseline", ALONE)) and ": EM" not in how else "together"
             lines.append([how, queries, *(scores.get(cell, "") for cell in paper), run])
         parts.append(grid(header, lines))
     return "\n\n".join(parts)
