@@ -166,6 +166,8 @@ def load_splits(args):
         if found < args.batch_size:
             expected = f"at least --batch-size {args.batch_size} expected"
             raise UserError(f"{data_dir / 'train.npy'}: {found} images found, {expected}")
+        if args.neighbours >= found:
+            raise UserError(f"--neighbours: {args.neighbours} found, fewer than the {found} images expected")
     return splits
 
 

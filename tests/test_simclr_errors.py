@@ -31,6 +31,7 @@ def fails_here(capsys, monkeypatch, words, *args):
     (["--views: 4 found, 2 expected for --loss nt-xent"], ["--views", 4]),
     (["--views", "1 found"], ["--loss", "prototypical", "--views", 1]),
     (["--views: 3 found, an even"], ["--loss", "prototypical", "--views", 3, "--neighbours", 1]),
+    (["--neighbours: 24 found, fewer than the 24 images"], ["--neighbours", 24]),
     (["--crop-scale", "1.5 found"], ["--crop-scale", 1.5]),
     (["--jitter", "-1 found"], ["--jitter=-1"]),
     (["--loss", "triplet"], ["--loss", "triplet"]),
