@@ -57,7 +57,8 @@ def recipe(experiment, run):
     elif args.get("target") == "canonical" and changed.keys() <= CANONICAL:
         name = f"ours: drawings without their pose{reading}"
     elif features.get("lda") and changed.keys() <= LARGER_SETS:
-        name = f"ours: sets of {args['sample_size']}{reading}"
+        sets = f"sets of {args['sample_size']}"
+        name = f"ours: {reading[2:] or sets}"
     elif changed.keys() <= FAST:
         name = "fast"
     else:
@@ -76,11 +77,12 @@ def recipe(experiment, run):
 def encoder(features):
     """Name the encoder that features.json describes; an empty string for the published one, of any length."""
     if features.get("loss") == "prototypical":
+        near = " with neighbours" if features.get("neighbours") else ""
+        if features.get("lda"):
+            return f"prototypical encoder{near}, {features['lda']} directions"
         size = features.get("feature_size", SIMCLR["view_size"])
         of = "" if size == SIMCLR["view_size"] else f", {size} pixels"
-        of += f", {features['lda']} directions" if features.get("lda") else ""
-        near = " with neighbours" if features.get("neighbours") else ""
-        return f"prototypical encoder{near}, {features['batch_size']} x {features['views']} views{of}"
+        return f"prototypical encoder, {features['batch_size']} x {features['views']} views{of}"
     found = {name: features.get(name, value) for name, value in SIMCLR.items()}  # older ones say less
     sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
     return "" if found == SIMCLR else sizes

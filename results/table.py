@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parent
 ALONE = "the same, inductive"  # how a row begins
 HEADLINES = (  # in README.md
     "omniglot/published-5way", "omniglot/canonical", "omniglot/quick",
-    "mimgnet/prototypical-lda",
+    "mimgnet/neighbours",
 )  # fmt: skip
 
 NAMES = {"omniglot": "Omniglot", "mimgnet": "Mini-ImageNet"}
