@@ -214,7 +214,8 @@ def train(splits, device, bf16, config, stop, args):
         if args.neighbours:
             sources.append(draw_partners(sources[0], near, generator))
         views = args.view_size, args.views // len(sources), strength
-        x = torch.cat([training_views(images[share(rows)], generator, *views) for rows in sources])
+        seen = [training_views(images[share(rows)], generator, *views) for rows in sources]
+        x = torch.cat(seen) if args.neighbours else seen[0]  # without a copy
         rate = learning_rate((step - 1) / steps, args)
         log.add(train_step(network, optimizer, x, rate, args.temperature, criterion, args.views))
         bar.update()
