@@ -11,7 +11,7 @@ import torch
 
 MIN_VAR = 1e-6  # a class whose samples coincide keeps a density
 MIN_WEIGHT = 1e-12  # a component that lost all its samples keeps a finite log pi
-PRIOR_IMAGES, PRIOR_SPREAD = 100, 10  # "tied-full": of the prior of its covariance, in `shared_covariance`
+PRIOR_IMAGES, PRIOR_SPREAD = 100, 10  # of "tied-full", for `shared_covariance`; chosen on Mini-ImageNet
 
 
 def log_joint(z, pi, mu, var=None):
