@@ -183,7 +183,6 @@ def test_other_ways_are_of_the_runs_themselves():
                 assert abs(found[cell]["accuracy"] - said[cell]["accuracy"]) < 0.05, (name, cell)
 
 
-@needs_shared_data
 def test_baselines_of_an_encoder_need_its_features(tmp_path):
     name, what = "simclr/prototypical-512/seed0", tmp_path / "features.json"
     fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), what, "not found")
@@ -192,6 +191,7 @@ def test_baselines_of_an_encoder_need_its_features(tmp_path):
     fails(run("results", "omniglot/canonical/seed0", script="baselines.py"), "RUN")
 
 
+@needs_shared_data
 def test_the_drawings_themselves_score_what_the_baselines_say(omniglot_dir):
     baselines, pose = load("results", "baselines"), load("omniglot", "pose")
     x = load("omniglot", "dataloader").as_float(torch.from_numpy(np.load(omniglot_dir / "test.npy")))
