@@ -9,6 +9,7 @@ Nearest support mean looks at one query at a time. EM starts there and looks at 
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,18 @@ RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
 from dataloader import as_float, draw_episodes, load_split  # noqa: E402
 from evaluate import TEST_SEED, summary  # noqa: E402
-from machine import Parser, UserError, program  # noqa: E402
+from machine import Parser, UserError, in_short, program  # noqa: E402
 from mixture import classify  # noqa: E402
 from pose import canonical, pose  # noqa: E402
-from runtime import read_config, write_json  # noqa: E402
+from runtime import load_checkpoint, read_config, write_json  # noqa: E402
 
 CLASSIFIERS = {  # EM iterations, reading of the E-step
     "nearest mean": (0, "unit"), "EM": (10, "unit"), "EM, tied-full E-step,": (10, "tied-full"),
 }  # fmt: skip
 QUERY, EPISODES, IMAGES = 15, 1000, 600
+DESCRIBED = (  # of a run's flags, in features.json
+    "train_epochs batch_size view_size loss views crop_scale jitter hue neighbours feature_size lda".split()
+)
 CELLS = {"omniglot": ([5, 20], [1, 5]), "simclr": ([5], [1, 5, 20, 50])}  # ways, shots
 
 
@@ -44,16 +48,33 @@ def accuracies(features, way, shot, iters, reading="unit"):
 def load_features(folder, run):
     """Load test features, without --lda standardised by training features: (classes, images, width).
 
-    Raises UserError if they were not made as results/<run> says.
+    Raises UserError if they were not made as results/<run> says, by its encoder where that was kept.
     """
-    path = folder / "features.json"
-    if not path.exists():
-        raise UserError(f"{path}: not found, the features of {run} and their description expected")
-    found, expected = json.loads(path.read_text()), read_config(RESULTS / run)["args"]
-    for name in sorted(found.keys() & expected.keys()):
-        if found[name] != expected[name]:
-            raise UserError(f"{path}: {name} {found[name]} found, {expected[name]} expected, as in {run}")
-    train, test = (torch.from_numpy(np.load(folder / f"{name}_features.npy")) for name in ("train", "test"))
+    path, encoder = folder / "features.json", RESULTS / run / "encoder.pt"
+    args = read_config(RESULTS / run)["args"]
+    expected = {name: args[name] for name in DESCRIBED if name in args}  # an old run has fewer flags
+    if encoder.exists():
+        weights = load_checkpoint(encoder)["model"].values()
+        expected["encoder_crc32"] = zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in weights))
+    try:
+        found = {name: None for name in expected} | json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found, the features of {run} and their description expected") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: not readable, the description of the features of {run} expected") from None
+    for name, value in expected.items():
+        if found[name] != value:
+            raise UserError(f"{path}: {name} {found[name]} found, {value} expected, as in {run}")
+    arrays = {}
+    for name in ("train", "test"):
+        file = folder / f"{name}_features.npy"
+        try:
+            arrays[name] = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{file}: not a readable .npy array ({in_short(error)})") from None
+        if zlib.crc32(arrays[name]) != found.get("crc32", {}).get(name):
+            raise UserError(f"{file}: other features than {path.name} beside it describes")
+    train, test = (torch.from_numpy(array) for array in arrays.values())
     if not found.get("lda"):
         test = (test - train.mean(0)) / train.std(0).clamp_min(1e-6)
     return test.unflatten(0, (-1, IMAGES))

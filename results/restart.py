@@ -4,8 +4,9 @@
 
 A shipped run has no last.pt. The new one starts with the weights of the last step, which are stored in half
 precision. Adam's moments start at zero and the random draws anew; config.json lists the step under
-`restarted`. It works for runs without --ema-decay that keep the weights of their last step. --precision is
-for a machine without fast bfloat16; config.json then says under `precision_until` what the run had before.
+`restarted`. It works on a CPU, for runs without --ema-decay that keep the weights of their last step.
+--precision is for a machine without fast bfloat16; config.json then says under `precision_until` what the run
+had before.
 """
 
 import shutil
@@ -32,6 +33,8 @@ def restart(run, out, precision=None):
     if not config or not (run / "metrics.jsonl").exists():
         raise UserError(f"{run}: no run found, a folder with config.json and metrics.jsonl expected")
     history, args = read_lines(run / "metrics.jsonl"), config["args"]
+    if not history:
+        raise UserError(f"{run / 'metrics.jsonl'}: no validation found, at least one expected")
     step, seconds = history[-1]["step"], history[-1]["seconds"]
     steps = {path: load_checkpoint(path)["step"] for path in sorted(run.glob("*.pt"))}
     weights = next((path for path in steps if steps[path] == step), None)

@@ -152,6 +152,9 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     for path in folder.glob("*best.pt"):
         path.unlink()
     fails(run("results", folder, "--out", tmp_path / "other", script="restart.py"), folder, "step 3")
+    (folder / "metrics.jsonl").write_text("")
+    result = run("results", folder, "--out", tmp_path / "other", script="restart.py")
+    fails(result, "metrics.jsonl: no validation")
 
 
 def test_other_data_are_the_test_split_resized_otherwise_and_parts_of_it(monkeypatch):
@@ -186,8 +189,22 @@ def test_other_ways_are_of_the_runs_themselves():
 def test_baselines_of_an_encoder_need_its_features(tmp_path):
     name, what = "simclr/prototypical-512/seed0", tmp_path / "features.json"
     fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), what, "not found")
-    what.write_text('{"loss": "nt-xent", "feature_size": 96}')
-    fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), what, "loss nt-xent found")
+    args = read_json(RESULTS / name / "config.json")["args"]
+    for text, words in (
+        ("{", "not readable"),
+        ("{}", "None found"),
+        (json.dumps(args | {"loss": "nt-xent"}), "loss nt-xent found"),
+        (json.dumps(args), "train_features.npy: not a readable"),
+    ):
+        what.write_text(text)
+        fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), tmp_path, words)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}_features.npy", np.zeros((600, 4), np.float32))
+    result = run("results", name, "--data-dir", tmp_path, script="baselines.py")
+    fails(result, "other features than features.json")
+    kept = "simclr/neighbours/seed0"
+    what.write_text(json.dumps(read_json(RESULTS / kept / "config.json")["args"]))
+    fails(run("results", kept, "--data-dir", tmp_path, script="baselines.py"), "encoder_crc32 None found")
     fails(run("results", "omniglot/canonical/seed0", script="baselines.py"), "RUN")
 
 
