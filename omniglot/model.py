@@ -171,7 +171,7 @@ class GMVAE(nn.Module):
         samples.
         """
         way, shot = support.shape[:2]
-        h = self.encode(torch.cat([support.flatten(0, 1), query]))
+        h = torch.cat([self.encode(support.flatten(0, 1)), self.encode(query)])
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(h), samples, self.sizes["latent_size"], generator=generator).to(h.device)
         return self.predict_encoded(h[None], way, shot, noise[None], em_iters, reading)[0]

@@ -202,6 +202,9 @@ def test_predict_is_what_the_evaluation_does(network):
         expected = plain.classify(z[:8].view(4, 10, 6), z[8:], 10, "unit")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert not torch.allclose(found, network.predict(support, query, samples=5, em_iters=0, seed=7))
+    support = (255 * support).byte()  # bytes beside floats
+    found = network.predict(support, query, samples=5, seed=7)
+    torch.testing.assert_close(found, network.predict(support / 255, query, samples=5, seed=7))
 
 
 def test_pooling_before_relu_is_the_same_block():
