@@ -8,7 +8,7 @@ comparable.
 
 import matplotlib.pyplot as plt
 
-from ablations import RESULTS, read_lines
+from ablations import RESULTS, read_lines, save_figure
 from published import PUBLISHED
 
 OMNIGLOT = RESULTS / "omniglot"
@@ -37,7 +37,7 @@ def main():
     for ax, cell in zip(axes, ("5way1shot", "5way5shot")):
         ax.axhline(PUBLISHED["omniglot"][cell], color="black", lw=0.8, ls="--", label="the paper, on test")
     axes[1].legend(fontsize=7, loc="lower right")
-    figure.savefig(OMNIGLOT / "curves.png", dpi=110)
+    save_figure(OMNIGLOT / "curves.png", figure)
 
 
 if __name__ == "__main__":

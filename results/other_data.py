@@ -6,9 +6,7 @@ The paper published neither. "resized: ..." is our test split with another filte
 ...": one of six disjoint groups of its characters. Writes other-data.json into results/<run>.
 """
 
-import argparse
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +16,7 @@ from ablations import RESULTS, read_json
 sys.path[:0] = [str(RESULTS.parent / folder) for folder in ("omniglot", "data/omniglot")]
 import prepare  # noqa: E402
 from evaluate import TEST_SEED, evaluate_split, summary  # noqa: E402
-from machine import program  # noqa: E402
+from machine import Parser, program, user_path  # noqa: E402
 from model import load_model  # noqa: E402
 from runtime import write_json  # noqa: E402
 
@@ -40,9 +38,9 @@ def variants(source):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("run", help="a folder of results/ with 1shot_best.pt and 5shot_best.pt")
-    p.add_argument("--source", type=Path, required=True, help="folder of the two official archives")
+    p.add_argument("--source", type=user_path, required=True, help="folder of the two official archives")
     args = p.parse_args()
     folder, found = RESULTS / args.run, {}
     with program(), prepare.program():

@@ -7,37 +7,34 @@ The seconds are those of the training steps: start-up, the one validation at the
 among them. Exits with status 1 if a seed stays below the paper at 1 or 5 shots.
 """
 
-import argparse
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from ablations import read_json, read_lines
+from ablations import Parser, main_py, read_json, read_lines
 from published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = {cell: accuracy for cell, accuracy in PUBLISHED["omniglot"].items() if cell.startswith("5way")}
 
 
-def run(folder, flags):
+def run(folder, data_dir, flags):
     """Train and test in a folder; return (seconds of training, {cell: accuracy in %})."""
     place = os.path.relpath(folder, ROOT / "omniglot")
-    command = [sys.executable, "main.py", "@recipes/quick.txt", "--save-dir", place, *flags]
-    done = subprocess.run(command, cwd=ROOT / "omniglot")
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+    main_py("omniglot", data_dir, "@recipes/quick.txt", "--save-dir", place, *flags)
     trained, test = read_lines(folder / "metrics.jsonl")[-1], read_json(folder / "test.json")
     return trained["seconds"], {cell: test[cell]["accuracy"] for cell in PAPER}
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--out", type=Path, default=ROOT / "runs/quick", help="new folder for the runs")
-    args, flags = p.parse_known_args()  # the others are main.py's, e.g. --data-dir
-    runs = [run(args.out.resolve() / f"seed{n}", ["--seed", str(n), *flags]) for n in args.seeds]
+    p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
+    args, flags = p.parse_known_args()  # the others are main.py's
+    out = args.out.resolve()
+    runs = [run(out / f"seed{n}", args.data_dir, ["--seed", n, *flags]) for n in args.seeds]
     print(f"\n{'seed':>5}  {'seconds':>7}  " + "  ".join(PAPER))
     for n, (seconds, test) in zip(args.seeds, runs):
         print(f"{n:>5}  {seconds:7.1f}  " + "  ".join(f"{accuracy:9.2f}" for accuracy in test.values()))
