@@ -8,6 +8,7 @@ import torch
 ROWS = 4096  # 2x2 blocks at once: what one operation writes is still in a cache for the next one
 # Floats are read as integers of the same size. A CPU is then much faster than in bf16; the maximum with 0 and
 # products with 0 or 1 have the same bits. Of two negative floats the wrong one is kept; the ReLU makes it 0.
+# The same holds for a NaN with its sign bit set: `Log.flush` checks the weights for that.
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 CORNERS = (0, 0), (0, 1), (1, 0), (1, 1)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED|unable to find an engine"  # in torch's errors
+BAR_SECONDS = 0.1 if sys.stderr and sys.stderr.isatty() else 30  # between updates of a progress bar
 
 
 class UserError(Exception):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dataloader import SHOTS, draw_sets, load_splits
 from evaluate import evaluate_split, summary, test
-from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path
+from machine import BAR_SECONDS, HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path
 from model import GMVAE, load_model
 from parallel import join, mean, part, rank, share, share_of_draws, stopping, wait, wrap
 from pose import canonical, pose, warp
@@ -212,8 +212,7 @@ def train(splits, device, bf16, config, stop, args):
     network = wrap(model)
     log = Log(args.save_dir if first else None, ("reconstruction", "kl"), model.parameters(), start)
     log_every = 50 if device.type == "cuda" else 1
-    quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    shown = {"desc": args.save_dir.name, "unit": "step", "mininterval": quiet, "disable": not first}
+    shown = {"desc": args.save_dir.name, "unit": "step", "mininterval": BAR_SECONDS, "disable": not first}
     bar = tqdm(total=args.train_iters, initial=start, **shown)
     for step in range(start + 1, args.train_iters + 1):
         model.train()

@@ -254,6 +254,11 @@ def normalise(x):
 # --- views ----------------------------------------------------------------------------------------
 
 
+def strength_of(settings):
+    """Return the strength of views as `draw_views` takes it, from flags or a checkpoint's settings."""
+    return settings["crop_scale"], settings["jitter"], settings["hue"]
+
+
 def draw_views(count, generator, strength=STRENGTH):
     """Draw all that is random in `count` views: boxes, flip, factors, order, grey, on the CPU."""
     crop_scale, *colours = strength

@@ -6,16 +6,17 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataloader import check_apart, check_episodes, load_split, plain_views, training_views
+from dataloader import check_apart, check_episodes, load_split, plain_views, strength_of, training_views
 from fewshot import evaluate, logistic_regression, standardise
-from machine import HERE, UserError, write
+from machine import BAR_SECONDS, HERE, UserError, write
 from model import Encoder, lda, load_model
-from parallel import rank
+from parallel import rank, world
 from runtime import load_checkpoint, save_checkpoint, write_json
 
 SPLITS = ("train", "val", "test")
@@ -25,36 +26,43 @@ LDA_VIEWS, LDA_IMAGES, LDA_SEED = 4, 3000, 3
 PREPARE = HERE.parent / "data/imgnet/prepare.py"
 
 
-@torch.no_grad()
-def encode_all(encoder, images, size, name=None):
-    """Encode whole images (classes, n, 84, 84, 3), uint8, scaled to `size` pixels -> (classes, n, width).
+@contextmanager
+def repeatable(encoder):
+    """Run an encoder so that it gives the same features on every machine, and again.
 
-    It runs in evaluation mode and in float32, whatever the training's precision: a checkpoint gives the same
-    features on every machine. cuDNN does not search for the fastest kernels: it might find others next time.
+    In evaluation mode and in float32, whatever the training's precision. cuDNN does not search for the
+    fastest kernels: it might find others next time.
     """
     encoder.eval()
     trained_in, encoder.bf16 = encoder.bf16, False
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    batches = images.flatten(0, 1).split(500 if images.is_cuda else 100)
-    bar = tqdm(batches, desc=name, disable=name is None, mininterval=0.1 if sys.stderr.isatty() else 30)
-    features = torch.cat([encoder.features(plain_views(batch, size)) for batch in bar])
+    with torch.no_grad():
+        yield
     encoder.bf16, torch.backends.cudnn.benchmark = trained_in, searching
+
+
+def encode_all(encoder, images, size, name=None):
+    """Encode whole images (classes, n, 84, 84, 3), uint8, scaled to `size` pixels -> (classes, n, width)."""
+    batches = images.flatten(0, 1).split(500 if images.is_cuda else 100)
+    bar = tqdm(batches, desc=name, disable=name is None, mininterval=BAR_SECONDS)
+    with repeatable(encoder):
+        features = torch.cat([encoder.features(plain_views(batch, size)) for batch in bar])
     return features.unflatten(0, images.shape[:2])
 
 
-@torch.no_grad()
-def with_directions(encoder, images, size, count, training):
+def with_directions(encoder, images, size, count, strength):
     """Return the encoder with `count` directions of `lda`, from views of some of the images (N, 84, 84, 3).
 
-    The views are those of its training, but as large as the images will be.
+    The views have `strength`, that of its training, but are as large as the images will be. For one process:
+    `training_views` would share them out. Raises UserError if the features do not vary.
     """
     generator = torch.Generator().manual_seed(LDA_SEED)
-    strength = training["crop_scale"], training["jitter"], training["hue"]
     chosen = torch.randperm(len(images), generator=generator)[:LDA_IMAGES].to(images.device)
     views = []
-    for some in tqdm(chosen.split(25), desc="views", mininterval=0.1 if sys.stderr.isatty() else 30):
-        h = encoder(training_views(images[some], generator, size, LDA_VIEWS, strength))
-        views.append(h.unflatten(0, (LDA_VIEWS, -1)).cpu())
+    with repeatable(encoder):
+        for some in tqdm(chosen.split(25), desc="views", mininterval=BAR_SECONDS):
+            h = encoder(training_views(images[some], generator, size, LDA_VIEWS, strength))
+            views.append(h.unflatten(0, (LDA_VIEWS, -1)).cpu())
     centre, directions = lda(torch.cat(views, 1), count)
     found = Encoder(**encoder.sizes, directions=directions.shape)
     found.load_state_dict(encoder.state_dict() | {"centre": centre, "directions": directions})
@@ -69,6 +77,7 @@ def checksum(encoder):
 def export(splits, device, args):
     """Write the three feature files of --checkpoint or of the run's own encoder, and features.json.
 
+    Also write encoder.pt, the run's own encoder or the one that got directions by `lda`, into --save-dir.
     Returns {split: (classes, n, width)}. Raises UserError for NaN.
     """
     path, folder = args.checkpoint or args.save_dir / f"{args.export}.pt", args.feature_save_dir
@@ -82,23 +91,30 @@ def export(splits, device, args):
     if count > width:
         raise UserError(f"--lda: {count} found, at most the {width} features of an image expected")
     if count and "directions" not in encoder.sizes:
-        images = splits["train"].flatten(0, 1)
-        encoder = with_directions(encoder, images, size, count, checkpoint["training"])
+        if not checkpoint.get("training"):
+            raise UserError(f"{path}: no settings of its training found, the views' expected for --lda")
+        strength = strength_of(checkpoint["training"])
+        encoder = with_directions(encoder, splits["train"].flatten(0, 1), size, count, strength)
     for name, images in splits.items():
         features[name] = encode_all(encoder, images, size, f"{name} features")
     if not all(h.isfinite().all() for h in features.values()):
         raise UserError(f"{path}: features that are NaN or infinite found, finite ones expected")
-    sums = {}
-    for name, h in features.items():  # all are written before the first is renamed
-        array, buffer = h.flatten(0, 1).cpu().numpy(), io.BytesIO()
-        np.save(buffer, array)
-        write(folder / f".{name}_features.npy", buffer.getbuffer())
-        sums[name] = zlib.crc32(array)
+    sums, hidden = {}, {name: folder / f".{name}_features.npy" for name in features}
+    try:
+        for name, h in features.items():  # all are written before the first is renamed
+            array, buffer = h.flatten(0, 1).cpu().numpy(), io.BytesIO()
+            np.save(buffer, array)
+            write(hidden[name], buffer.getbuffer())
+            sums[name] = zlib.crc32(array)
+    except UserError:  # a full disk
+        for path in hidden.values():
+            path.unlink(missing_ok=True)
+        raise
     about = {"epoch": checkpoint.get("epoch"), "training": checkpoint.get("training", {})}
     counts = {name: images.shape[1] for name, images in splits.items()}
     (folder / "features.json").unlink(missing_ok=True)  # never beside another encoder's features
     for name, h in features.items():
-        (folder / f".{name}_features.npy").replace(folder / f"{name}_features.npy")
+        hidden[name].replace(folder / f"{name}_features.npy")
         print(f"{folder / name}_features.npy  {h.shape[:2].numel()} images, {h.shape[-1]} features")
     described = {"feature_size": size, "lda": count, "encoder_crc32": checksum(encoder)}
     described |= {"images_per_class": counts, "crc32": sums}
@@ -166,6 +182,8 @@ def load_splits(args):
         if found < args.batch_size:
             expected = f"at least --batch-size {args.batch_size} expected"
             raise UserError(f"{data_dir / 'train.npy'}: {found} images found, {expected}")
+        if args.neighbours and world() > 1:  # each would find other neighbours
+            raise UserError(f"--neighbours: {world()} processes found, one expected")
         if args.neighbours >= found:
             raise UserError(f"--neighbours: {args.neighbours} found, fewer than the {found} images expected")
     return splits

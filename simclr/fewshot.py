@@ -1,12 +1,11 @@
 """Measure how good features are: few-shot classifiers on them, and their accuracy over episodes."""
 
-import sys
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from dataloader import draw_episodes
+from machine import BAR_SECONDS
 
 
 def standardise(features, reference):
@@ -40,8 +39,7 @@ def logistic_regression(features, episodes, shot):
     y_support, y_query = y.repeat(shot), y.repeat(members - shot)
     accuracies = []
     with threadpool_limits(1):  # the problems are so small that threads would mostly wait for each other
-        quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-        for index in tqdm(episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=quiet):
+        for index in tqdm(episodes.numpy(), desc=f"{way}-way {shot}-shot", mininterval=BAR_SECONDS):
             support, query = features[index[:, :shot].ravel()], features[index[:, shot:].ravel()]
             fitted = LogisticRegression(max_iter=1000).fit(support, y_support)
             accuracies.append(100 * fitted.score(query, y_query))
@@ -51,7 +49,7 @@ def logistic_regression(features, episodes, shot):
 def evaluate(features, classify, shots, seed, args):
     """Return {'5way1shot': {accuracy, ci95, episodes}, ...}: mean and 1.96 std / sqrt(episodes), in percent.
 
-    features (classes, n, width), standardised.
+    features (classes, n, width), on scales that `classify` may compare.
     """
     results = {}
     for shot in shots:

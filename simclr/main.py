@@ -2,7 +2,7 @@
 
     python main.py --data-dir ../data/imgnet --save-dir runs/simclr --feature-save-dir ../data/imgnet
 
-The published recipe is the default; recipes/ holds it and another, as files of flags. `--feature-save-dir`
+The published recipe is the default; recipes/ holds it and ours, as files of flags. `--feature-save-dir`
 receives train_features.npy, val_features.npy, test_features.npy and features.json, which says what made them;
 `--save-dir` receives config.json, metrics.jsonl, last.pt, best.pt, encoder.pt (the exported one), tb_log/ and
 test.json (with --probe). The repository's README.md has the results.
@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dataloader import HUE, JITTER, SCALE, SIZE, contact_sheet, epoch_order, training_views
+from dataloader import HUE, JITTER, SCALE, SIZE, contact_sheet, epoch_order, strength_of, training_views
 from export import BEST_SHOT, SHOTS, check_feature_dir, check_probe, checksum, encode_all, export
 from export import load_splits, probe
 from fewshot import evaluate, nearest_mean, standardise
-from machine import HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path, write
+from machine import BAR_SECONDS, HERE, Parser, UserError, catch_stop, number, program, use_bf16
+from machine import user_path, write
 from model import Encoder, load_model, nt_xent, projection_head, prototypical
 from neighbours import REFRESH_EPOCHS, draw_partners, find_neighbours
 from parallel import gather, join, part, rank, share, stopping, wait, wrap
@@ -53,9 +54,9 @@ def make_parser():
     add("--save-dir", type=user_path, default=Path("runs/default"), help="output folder, for this run alone")
     add("--feature-save-dir", type=user_path, help="folder for features; not given: data/imgnet")
     add("--resume", action="store_true", help="continue the run in --save-dir, if there is one")
-    add("--export", choices=["best", "last"], default="last", help="epoch; best: by validation accuracy")
+    add("--export", choices=["best", "last"], default="last", help="last.pt or best.pt (by validation)")
     add("--export-only", action="store_true", help="write the features of --checkpoint, without training")
-    add("--checkpoint", type=user_path, help="encoder for --export-only; not given: that in --save-dir")
+    add("--checkpoint", type=user_path, help="for --export-only; not given: --export of --save-dir")
     add("--contact-sheet", type=user_path, metavar="PNG", help="save a picture of views, and stop")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--debug", action="store_true", help="try it: 2 epochs of 2 steps; features into --save-dir")
@@ -173,7 +174,7 @@ def train(splits, device, bf16, config, stop, args):
         projection, criterion = projection_head(args.hidden_size).to(device), nt_xent
     else:
         projection, criterion = torch.nn.Identity(), partial(prototypical, views=args.views)
-    strength = args.crop_scale, args.jitter, args.hue
+    strength = strength_of(vars(args))
     parameters = [*encoder.parameters(), *projection.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(args.seed)  # of the views; an epoch's order has its own
@@ -182,9 +183,9 @@ def train(splits, device, bf16, config, stop, args):
     last, images = args.save_dir / "last.pt", splits["train"].flatten(0, 1)
     steps = 2 if args.debug else len(images) // args.batch_size  # of an epoch; left-over images are skipped
     total = steps * args.train_epochs
-    progress = restore(parts, last, {"step": 0, "seconds": 0.0, "history": [], "near": None})
+    progress = restore(parts, last, {"step": 0, "seconds": 0.0, "history": [], "near": torch.empty(0)})
     start = step = progress["step"]
-    history, near = progress["history"], progress["near"]
+    history, near = progress["history"], progress["near"].to(device)
     if start > total:
         found = f"{args.train_epochs} found, at least the {start // steps} epochs of {last} expected"
         raise UserError(f"--train-epochs: {found}")
@@ -199,8 +200,7 @@ def train(splits, device, bf16, config, stop, args):
     log = Log(args.save_dir if first else None, (term,), parameters, start)
     network = wrap(torch.nn.Sequential(encoder, projection))
     log_every = 50 if device.type == "cuda" else 1
-    quiet = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    shown = {"desc": args.save_dir.name, "unit": "step", "mininterval": quiet, "disable": not first}
+    shown = {"desc": args.save_dir.name, "unit": "step", "mininterval": BAR_SECONDS, "disable": not first}
     bar = tqdm(total=total, initial=start, **shown)
     order = None
     for step in range(start + 1, total + 1):
@@ -208,7 +208,7 @@ def train(splits, device, bf16, config, stop, args):
         if order is None or position == 0:
             order = epoch_order(images, args.seed, epoch).to(device)
         if args.neighbours and position == 0 and epoch % REFRESH_EPOCHS == 0:
-            near = find_neighbours(encoder, images, args.neighbours, vars(args))
+            near = find_neighbours(encoder, images, args.neighbours, strength)
         encoder.train()
         sources = [order[position * args.batch_size : (position + 1) * args.batch_size]]
         if args.neighbours:
@@ -259,8 +259,7 @@ def main():
         splits = load_splits(args)
         if args.contact_sheet:
             draws = torch.Generator().manual_seed(args.seed)
-            strength = args.crop_scale, args.jitter, args.hue
-            rows = splits["train"][:16, 0].to(device)
+            rows, strength = splits["train"][:16, 0].to(device), strength_of(vars(args))
             write(args.contact_sheet, contact_sheet(rows, 9, draws, args.view_size, strength))
             return
         names = make_parser().names

@@ -106,12 +106,15 @@ def lda(h, count):
     Linear discriminant analysis (Fisher, 1936) with every image as a class; ours, not the paper's. h (V, N,
     width): V views of N images -> their mean (width,), directions (width, count), the best first. With W the
     covariance of the views of an image, plus half its mean variance on the diagonal against noise, and B the
-    covariance of the images' means, the columns p maximise p'Bp / p'Wp and have p'Wp = 1.
+    covariance of the images' means, the columns p maximise p'Bp / p'Wp and have p'Wp = 1. Raises UserError if
+    the features do not vary.
     """
     h = h.double()
     means = h.mean(0)
     spread = (h - means).flatten(0, 1)
     within = spread.T @ spread / ((len(h) - 1) * len(means))
+    if not within.any():
+        raise UserError("--lda: the same features for every view found; did the encoder's training collapse?")
     within += 0.5 * within.diagonal().mean() * torch.eye(len(within), dtype=h.dtype)
     root = torch.linalg.cholesky(within)
     half = torch.linalg.solve_triangular(root, means.T.cov(), upper=False)

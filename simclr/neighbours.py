@@ -10,10 +10,13 @@ DIRECTIONS = 128
 
 
 @torch.no_grad()
-def find_neighbours(encoder, images, count, training):
-    """Find neighbours of all images (N, 84, 84, 3) by features projected as `lda` finds: as `mutual`."""
+def find_neighbours(encoder, images, count, strength):
+    """Find each image's neighbours among images (N, 84, 84, 3): `mutual` on features projected by `lda`.
+
+    Its directions are found from views of the training's `strength`.
+    """
     width = min(DIRECTIONS, encoder.width(SIZE))
-    found = with_directions(encoder.eval(), images, SIZE, width, training)
+    found = with_directions(encoder, images, SIZE, width, strength)
     return mutual(encode_all(found, images.unsqueeze(0), SIZE, "neighbours")[0], count)
 
 

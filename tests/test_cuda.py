@@ -9,6 +9,9 @@ import torch
 from conftest import load, run
 from pairs import COMPILED, PAIRS, difference
 from test_omniglot_cli import STOPPED
+from test_simclr_cli import PROTOTYPICAL, TINY
+from test_simclr_cli import STOPPED as SIMCLR_STOPPED
+from test_simclr_cli import data_dir, source_dir  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = "cuda"
@@ -94,3 +97,13 @@ def test_a_run_resumed_on_the_gpu_and_tested_on_the_cpu(glyphs_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     there, here = (json.loads((tmp_path / name / "test.json").read_text()) for name in ("run", "eval"))
     assert all(abs(there[cell]["accuracy"] - here[cell]["accuracy"]) < 0.5 for cell in here)
+
+
+def test_a_simclr_run_with_neighbours_resumed_on_the_gpu(data_dir, tmp_path):  # noqa: F811
+    flags = ["--data-dir", data_dir, *TINY, *PROTOTYPICAL, "--device", DEVICE, "--save-dir", tmp_path / "s"]
+    flags += ["--feature-save-dir", tmp_path / "f"]
+    result = run("simclr", SIMCLR_STOPPED, *flags, script="-c")
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    result = run("simclr", *flags, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert torch.load(tmp_path / "s/last.pt", weights_only=True)["step"] == 9

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from conftest import fails, load, run
@@ -45,6 +46,11 @@ def test_what_differs_in_views_of_an_image_is_left_out():
     assert abs(torch.corrcoef(torch.stack([(x @ p)[:, 0], x[:, 0]]))[0, 1]) > 0.99
 
 
+def test_features_that_do_not_vary_have_no_directions():
+    with pytest.raises(model.UserError, match="--lda: the same features"):
+        model.lda(torch.ones(4, 50, 16), 3)
+
+
 def test_features_on_directions_have_the_same_norm():
     encoder = model.Encoder(4, directions=(16, 3))
     assert encoder.width(84) == 16 and encoder.width(128) == 64
@@ -78,6 +84,9 @@ def test_the_exported_encoder_has_its_directions(whole_run, tmp_path):  # noqa: 
         result = run("simclr", *flags, *place, tmp_path / "s/encoder.pt", *wrong)
         fails(result, "encoder.pt", f"{wrong[0]} {wrong[1]}", "its 3 directions in 16 features")
     fails(run("simclr", *flags, *place, folder / "encoder.pt", "--lda", 17), "--lda: 17 found", "16 features")
+    torch.save(torch.load(folder / "encoder.pt") | {"training": {}}, tmp_path / "bare.pt")
+    result = run("simclr", *flags, *place, tmp_path / "bare.pt", "--lda", 3)
+    fails(result, "bare.pt", "no settings of its training")
     fails(run("simclr", *flags, "--lda", 17), "--lda: 17 found, at most the 16 features")
 
 
@@ -87,6 +96,5 @@ def test_views_have_the_strength_of_the_training(monkeypatch):
     views = lambda x, _, *how: seen.append(how) or torch.rand(4 * len(x), 3, 64, 64)  # noqa: E731
     monkeypatch.setattr(export, "training_views", views)
     images = torch.zeros(20, 84, 84, 3, dtype=torch.uint8)
-    training = {"crop_scale": 0.5, "jitter": 0.1, "hue": 0.2, "views": 2}
-    found = export.with_directions(model.Encoder(4), images, 64, 2, training)
+    found = export.with_directions(model.Encoder(4), images, 64, 2, (0.5, 0.1, 0.2))
     assert seen == [(64, 4, (0.5, 0.1, 0.2))] and found.sizes["directions"] == [16, 2]
