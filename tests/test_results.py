@@ -58,6 +58,7 @@ def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
 
 
 CALLS = [("README.md", 4), ("results/README.md", 12), ("results/bench/README.md", 2)]
+CALLS += [("data/folder/README.md", 2)]
 
 
 @pytest.mark.parametrize("name, least", CALLS)
