@@ -21,7 +21,7 @@ from speed import speed_tables
 RESULTS = Path(__file__).resolve().parent
 ALONE = "the same, inductive"  # how a row begins
 HEADLINES = (  # in README.md
-    "omniglot/published-5way", "omniglot/canonical", "omniglot/quick",
+    "omniglot/published-5way", "omniglot/canonical",
     "mimgnet/neighbours",
 )  # fmt: skip
 
@@ -195,7 +195,8 @@ def train_ablations():
             else:
                 line.append("not run")
             lines.append(line)
-        parts.append(f"Every training on {NAMES[experiment]}: `{BASE[experiment]}`, test accuracy in %, and")
+        flags = f"has `{BASE[experiment]}` and what is changed"
+        parts.append(f"Every training on {NAMES[experiment]} {flags}; test accuracy in %:")
         parts.append(grid(header, lines))
     used = ", ".join(f"`{name}` {count}" for name, (count, _) in active.items() if "/" in name)
     return "\n\n".join([*parts, f"Dimensions used by the runs of `../README.md`: {used}"])
