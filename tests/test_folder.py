@@ -51,6 +51,31 @@ def test_drawings_for_omniglot(tmp_path, light, mode):
     assert sorted(classes) == names(tmp_path / "in")
 
 
+def test_shares_and_the_first_pictures_by_name(tmp_path):
+    """50 classes are cut 32 / 8 / 10; where another class has four pictures, the first four of five stay."""
+    for c in range(50):
+        (tmp_path / f"in/{c:02d}").mkdir(parents=True)
+        for m in range(4 + (c == 7)):
+            ink = np.full((28, 28), 255, np.uint8)
+            ink[4 : 8 + m, 4:8], ink[10:20, 10] = 0, 255 - c
+            ink[20, 20 : 21 + m] = c
+            Image.fromarray(ink).save(tmp_path / f"in/{c:02d}/{m}.png")
+    assert prepare(tmp_path / "in", tmp_path / "out").returncode == 0
+    split = json.loads((tmp_path / "out/split.json").read_text())
+    assert [len(split[name]) for name in ("train", "val", "test")] == [32, 8, 10]
+    (name,) = (name for name in ("train", "val", "test") if "07" in split[name])
+    found = np.load(tmp_path / f"out/{name}.npy")[split[name].index("07")][..., 0]
+    assert [(of[:20, 5] > 127).sum() for of in found] == [4, 5, 6, 7]
+
+
+def test_a_wide_drawing_keeps_its_shape_on_its_own_ground(tmp_path):
+    make(tmp_path / "in", size=(112, 56))  # twice as wide as high
+    assert prepare(tmp_path / "in", tmp_path / "out").returncode == 0
+    for name in ("train", "val", "test"):
+        images = np.load(tmp_path / f"out/{name}.npy")[..., 0]
+        assert images[:, :, :6].max() == images[:, :, -6:].max() == 0 and (images.max((2, 3)) > 100).all()
+
+
 def test_pictures_for_simclr(tmp_path):
     make(tmp_path / "in", mode="RGB", size=(120, 60))
     assert prepare(tmp_path / "in", tmp_path / "out", "--for", "simclr").returncode == 0

@@ -84,6 +84,17 @@ def test_loss_terms_and_gradients(iters, fix_pi):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_a_part_of_the_samples_is_decoded_to_a_mean_too():
+    torch.manual_seed(0)
+    network, x = model.GMVAE(32, 24, 6), clusters(0, 3, 5)
+    sizes = 64, 4, 1  # samples, components, EM iterations
+    some, every = (
+        network(x, *sizes, generator=torch.Generator().manual_seed(0), decoded=count)[0].item()
+        for count in (16, None)
+    )
+    assert some != every and some == pytest.approx(every, rel=0.1)
+
+
 def test_networks_follow_the_method():
     """Decoder 32 -> 512 -> 512 -> 256 and two attention blocks of width 256 at the defaults; no component
     count in the state."""

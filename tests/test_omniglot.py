@@ -25,19 +25,6 @@ def test_parameter_count():
     assert sum(p.numel() for p in model.GMVAE().parameters()) == 988_929
 
 
-def test_sizes_are_independent():
-    network = model.GMVAE(hidden_size=12, latent_size=5).eval()
-    mean, log_var = network.posterior(network.encode(torch.rand(6, 28, 28, 1)).view(2, 3, -1))
-    assert mean.shape == log_var.shape == (2, 3, 5)
-    assert network.decode(mean.flatten(0, 1)).shape == (6, 28, 28, 1)
-
-
-def test_nothing_in_the_state_depends_on_the_number_of_components():
-    state = model.GMVAE().state_dict()
-    assert not any(5 in tensor.shape for tensor in state.values())
-    assert not any(name.startswith(("pi", "mu", "prior")) for name in state)
-
-
 @pytest.fixture
 def in_float64(monkeypatch):
     """Draws in float64, and leaves the network's casts to float32 undone: they would cost the oracle its
@@ -207,13 +194,6 @@ def test_predict_is_what_the_evaluation_does(network):
     torch.testing.assert_close(found, network.predict(support / 255, query, samples=5, seed=7))
 
 
-def test_pooling_before_relu_is_the_same_block():
-    block = model.ConvBlock(1, 4)
-    x = torch.randn(3, 1, 7, 7)
-    expected = torch.nn.functional.max_pool2d(block.norm(block.conv(x)).relu(), 2, ceil_mode=True)
-    assert block(x).equal(expected) and expected.shape[-1] == 4  # ceil mode: 7 -> 4
-
-
 def test_bf16_keeps_the_mixture_in_float32(network):
     network = copy.deepcopy(network)
     network.bf16 = True
@@ -242,12 +222,19 @@ def test_a_five_way_model_is_tested_at_any_way(network):
         assert accuracy.shape == (6,) and ((0 <= accuracy) & (accuracy <= 100)).all()
 
 
-def test_an_episode_scores_the_same_alone_and_among_others(network):
-    features, images = distinct_features(), torch.zeros(25, 20, 1)
-    episodes = dataloader.draw_episodes(images, 5, 1, 15, 24, seed=0)
-    together = evaluate.evaluate(network, features, episodes, 1, 8, 5)
+def test_an_episode_of_several_batches_scores_as_alone(network):
+    network.eval()
+    features, images = distinct_features(spread=0.8), torch.zeros(25, 20, 1)
+    episodes = dataloader.draw_episodes(images, 5, 1, 15, 60, seed=0)  # 25 at once
+    noise = plain.episode_noise(evaluate.NOISE_POOL, 60, 5, 1, 16, 8, 6)
+    labels, alone = torch.arange(75) // 15, []
+    for index, own in zip(episodes, noise):
+        h, own = (torch.cat([x[:, :1].flatten(0, 1), x[:, 1:].flatten(0, 1)]) for x in (features[index], own))
+        found = network.predict_encoded(h[None], 5, 1, own[None])[0].argmax(-1)
+        alone.append(100 * (found == labels).float().mean())
+    together = evaluate.evaluate(network, features, episodes, 1, 8, 10)
+    torch.testing.assert_close(together, torch.stack(alone))
     assert together.unique().numel() > 1
-    torch.testing.assert_close(evaluate.evaluate(network, features, episodes[:1], 1, 8, 5), together[:1])
 
 
 def episode_predictions(network, h, way, shot, noise):

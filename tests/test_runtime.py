@@ -171,3 +171,17 @@ def test_output_that_nobody_reads_ends_no_run(how):
     command = ["bash", "-c", f'"$0" -c "$1" {how}', sys.executable, HEARD]
     done = subprocess.run(command, cwd=ROOT / "omniglot", capture_output=True, text=True)
     assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_log_counts_its_steps():
+    drawn, log = [], runtime.Log(None, ("a",), [], 7)
+    log.add_scalar = lambda *how: drawn.append(how)
+    for value in (1.0, 2.0, 3.0):
+        log.add(torch.tensor(value))
+    assert log.flush(10) == {"a": 3.0} and drawn == [("train/a", 1, 8), ("train/a", 2, 9), ("train/a", 3, 10)]
+
+
+def test_auto_is_bf16_where_it_is_fast(monkeypatch):
+    for flags, fast in (("avx512f avx512_bf16", True), ("avx512f avx2", False)):
+        monkeypatch.setattr(machine, "cpu_facts", lambda: f"flags : {flags}")
+        assert machine.use_bf16("auto", torch.device("cpu")) == fast
