@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -203,6 +204,14 @@ def test_baselines_of_an_encoder_need_its_features(tmp_path):
         np.save(tmp_path / f"{split}_features.npy", np.zeros((600, 4), np.float32))
     result = run("results", name, "--data-dir", tmp_path, script="baselines.py")
     fails(result, "other features than features.json")
+    g, arrays = np.random.default_rng(0), {}
+    for split, size in (("train", 50), ("test", 1200)):
+        arrays[split] = g.normal(3, 2, (size, 4)).astype(np.float32)
+        np.save(tmp_path / f"{split}_features.npy", arrays[split])
+    what.write_text(json.dumps(args | {"crc32": {split: zlib.crc32(x) for split, x in arrays.items()}}))
+    found = load("results", "baselines").load_features(tmp_path, name)
+    expected = (arrays["test"] - arrays["train"].mean(0)) / arrays["train"].std(0, ddof=1)
+    np.testing.assert_allclose(found, expected.reshape(2, 600, 4), rtol=1e-5, atol=1e-5)
     kept = "simclr/neighbours/seed0"
     what.write_text(json.dumps(read_json(RESULTS / kept / "config.json")["args"]))
     fails(run("results", kept, "--data-dir", tmp_path, script="baselines.py"), "encoder_crc32 None found")
@@ -241,6 +250,26 @@ def test_a_run_says_how_it_was_made(folder):
         numbers = sum(value.numel() for value in kept["model"].values())
         assert checkpoint.stat().st_size <= 2 * numbers + 5e4  # two bytes each: halved, and nothing besides
         assert kept.keys() >= {"model", "sizes", "step"} and kept.get("way", 5) == config["args"]["way"]
+
+
+def test_the_last_weights_are_kept_unless_they_are_the_best(tmp_path):
+    for best, kept in ((2, True), (3, False)):
+        (folder := tmp_path / str(best)).mkdir()
+        for name, step in (("last.pt", 3), ("1shot_best.pt", 1), ("5shot_best.pt", best)):
+            torch.save({"model": {}, "sizes": {}, "way": 5, "step": step, "optimizer": {}}, folder / name)
+        load("results", "halve").keep_last(folder / "last.pt")
+        assert (folder / "weights.pt").exists() == kept
+
+
+def test_time_to_paper_fails_below_the_paper(monkeypatch):
+    program = load("results", "time_to_paper")
+    monkeypatch.setattr("sys.argv", ["time_to_paper.py"])
+    for more in (1, -1):
+        found = {cell: accuracy + more for cell, accuracy in program.PAPER.items()}
+        monkeypatch.setattr(program, "run", lambda *_: (1.0, found))
+        with pytest.raises(SystemExit) as end:
+            program.main()
+        assert end.value.code == (more < 0)
 
 
 def test_halved_weights(tmp_path):
