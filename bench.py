@@ -18,9 +18,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import ctypes
 import json
 import math
-import platform
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,9 +26,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
@@ -56,6 +54,7 @@ def glibc():
 def use_allocator(version):
     """Set `keep_memory` for our version, the stock allocator at its highest thresholds for the plain one."""
     libc = glibc()
+    _global_optimizer_post_hooks.clear()  # that of an earlier `keep_memory`: it would trim the other's heap
     if version == "ours":
         machine.keep_memory()
     elif libc:
@@ -233,14 +232,12 @@ def measure_apart(name):
 def about(args, device):
     """Say where and how it was measured."""
     described = runtime.describe_run({}, device, None, {})
-    versions = {"python": platform.python_version()}
-    versions |= {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     return {
-        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
+        "command": described["command"],
         "git_commit": described["git_commit"],
         "device": described["device"].partition(",")[0],
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": described["versions"] | {"torchvision": torchvision.__version__},
         "tiny": args.tiny,
     }
 

@@ -55,6 +55,14 @@ def test_a_step_leaves_both_versions_with_the_same_weights(name):
     assert difference(ours, other) < 1e-3 < difference(first, other)
 
 
+def test_the_plain_version_is_not_tidied_up_after():
+    """Its heap is larger: given back at every step, it would make the plain version slower."""
+    hooks = bench._global_optimizer_post_hooks
+    for version, count in (("ours", 1), ("ours", 1), ("plain", 0)):
+        bench.use_allocator(version)
+        assert len(hooks) == count or not bench.glibc()
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_step_computes_the_same(name, monkeypatch):
     """As torch.compile traces it; fusing the trace is the library's, and takes a minute."""
