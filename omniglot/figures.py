@@ -151,7 +151,10 @@ def main():
             found = f"{args.out} found, a folder to write to expected ({error.strerror})"
             raise UserError(f"--out: {found}") from None
         say_other_data(args.checkpoint, describe_run({}, images.device, "fp32", {"test": images})["data"])
-        trained = read_config(args.checkpoint.parent).get("args", {})
+        try:
+            trained = read_config(args.checkpoint.parent).get("args", {})
+        except UserError:
+            trained = {}  # beside the weights lies something else
         x, mean, before, mu, var = fit_episode(model, images, args, trained.get("e_step", "unit"))
         shape = trained.get("target_shape") if trained.get("target") == "canonical" else None
         components(model, x, mu, var, args.out / "components.png", shape)

@@ -46,8 +46,9 @@ def test_three_small_pictures(checkpoint, glyphs_dir, tmp_path):
 def test_a_model_of_canonical_drawings(checkpoint, glyphs_dir, tmp_path):
     weights = shutil.copy(checkpoint, tmp_path)
     flags, widths = ["--checkpoint", weights, "--data-dir", glyphs_dir], []
-    for args in ({}, {"target": "canonical", "target_shape": 0.25, "e_step": "learned"}):
-        (tmp_path / "config.json").write_text(json.dumps({"args": args, "precision": "fp32"}))
+    canonical = {"target": "canonical", "target_shape": 0.25, "e_step": "learned"}
+    for config in ([], {"args": canonical, "precision": "fp32"}):  # first that of something else
+        (tmp_path / "config.json").write_text(json.dumps(config))
         assert run("omniglot", *flags, script="figures.py").returncode == 0
         widths.append(Image.open(tmp_path / "components.png").width)
     assert widths[1] > 1.8 * widths[0]  # four panels, not two
