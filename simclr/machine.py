@@ -30,23 +30,14 @@ def in_short(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-class Lenient:
-    """A stream that drops what it cannot write (closed pipe, full disk), so that the run goes on."""
+def lenient(method):
+    """Make a stream's method drop what it cannot write (closed pipe, full disk), so that the run goes on."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
+    def call(*args):
         with suppress(OSError):
-            self.stream.write(text)
-        return len(text)
+            return method(*args)
 
-    def flush(self):
-        with suppress(OSError):
-            self.stream.flush()
+    return call
 
 
 @contextmanager
@@ -56,7 +47,8 @@ def program():
         stream = getattr(sys, name) or open(os.devnull, "w")  # None if it is closed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # print ? if the encoding has no ±
-        setattr(sys, name, Lenient(stream))
+        stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
+        setattr(sys, name, stream)
     keep_memory()
     torch.set_flush_denormal(True)  # on a CPU, products with responsibilities of 1e-40 are slow
     torch.backends.cudnn.benchmark = True  # the shapes never change
@@ -106,7 +98,7 @@ def catch_stop():
 
     Under torchrun it does not: a process may get one signal from torchrun and one from elsewhere.
     """
-    received, several = [], int(os.environ.get("WORLD_SIZE", 1)) > 1
+    received, several = [], "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
     def handler(signum, _):
         received.append(signum)
