@@ -11,10 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
-
-# EXIF's orientation -> what turns the picture upright
-UPRIGHT = dict(zip(range(2, 9), [Image.Transpose(i) for i in (0, 3, 1, 5, 4, 6, 2)]))
+from PIL import Image, ImageOps
 
 
 class SourceError(Exception):
@@ -27,10 +24,8 @@ def plain(image):
     Raises ValueError if values lie outside the mode's range or the picture is too transparent.
     """
     image.load()
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # a damaged EXIF is ignored: the pixels may be intact
-        turn = None
+    with suppress(Exception):  # a damaged EXIF is ignored: the pixels may be intact
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):  # beyond 8 bits; the mode says the range
         values, top = np.asarray(image).astype(np.float64), 1.0 if image.mode == "F" else 65535.0
         low, high = values.min(), values.max()
@@ -49,7 +44,7 @@ def plain(image):
         if max(seen, other) < 32 <= meant:
             raise ValueError("too transparent to be seen, an opaque picture expected")
         image = flats[seen < 32 <= other]
-    return image if turn is None else image.transpose(turn)
+    return image
 
 
 # --- files ----------------------------------------------------------------------------------------
