@@ -7,11 +7,11 @@ is too large for a clone, are kept as weights.pt, unless they are the best: rest
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent
+from ablations import RESULTS
+
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
 from machine import UserError, program  # noqa: E402
 from runtime import load_checkpoint, save_checkpoint  # noqa: E402

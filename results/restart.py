@@ -11,18 +11,16 @@ had before.
 
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent
+from ablations import RESULTS, read_lines
+
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
 from machine import Parser, UserError, program, user_path  # noqa: E402
 from model import load_model  # noqa: E402
 from runtime import load_checkpoint, read_config, save_checkpoint, snapshot  # noqa: E402
 from runtime import write_json, write_metrics  # noqa: E402
-
-from ablations import read_lines  # noqa: E402
 
 
 def restart(run, out, precision=None):

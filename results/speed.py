@@ -1,11 +1,7 @@
 """Make the tables of results/bench from the files of bench.py."""
 
-from pathlib import Path
-
-from ablations import read_json
+from ablations import RESULTS, read_json
 from pages import grid
-
-BENCH = Path(__file__).resolve().parent / "bench"
 
 
 def speed_table(path):
@@ -50,5 +46,5 @@ def memory(row, version):
 
 def speed_tables():
     """Make a table of every machine and precision."""
-    paths = sorted(BENCH.glob("*.json"))
+    paths = sorted(RESULTS.glob("bench/*.json"))
     return "\n\n".join(speed_table(path) for path in paths if not path.stem.endswith("-before"))

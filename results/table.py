@@ -10,15 +10,13 @@ and how many epochs their encoder was trained.
 import re
 import statistics
 import sys
-from pathlib import Path
 
-from ablations import BASE, OURS, OUT, SEEDS, TEST, TRAIN, name_of, other_ways, read_json, read_lines
-from ablations import save, tested
+from ablations import BASE, OURS, OUT, RESULTS, SEEDS, TEST, TRAIN, name_of, other_ways
+from ablations import read_json, read_lines, save, tested
 from pages import filled, grid
 from published import OTHERS, PUBLISHED, encoder, recipe
 from speed import speed_tables
 
-RESULTS = Path(__file__).resolve().parent
 ALONE = "the same, inductive"  # how a row begins
 HEADLINES = (  # in README.md
     "omniglot/published-5way", "omniglot/canonical",
