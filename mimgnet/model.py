@@ -62,8 +62,8 @@ class GMVAE(nn.Module):
             nn.Linear(hidden_size, width), nn.Identity() if signed else nn.ReLU(),  # as the encoder ends
         )  # fmt: skip
 
-    def autocast(self, x, enabled=True):
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and enabled)
+    def autocast(self, x):
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16)
 
     def encode(self, x):
         """Return the features as they are: they are the encoding."""
@@ -80,8 +80,7 @@ class GMVAE(nn.Module):
         with self.autocast(h):
             for block in attention:
                 sets = block(sets)
-        with self.autocast(h, enabled=False):
-            return linear(sets.float()).view(*h.shape[:2], -1).chunk(2, dim=-1)
+        return linear(sets.float()).view(*h.shape[:2], -1).chunk(2, dim=-1)
 
     def decode(self, z):
         """Decode latents (N, D) -> features (N, width), float32, >= 0 unless signed."""

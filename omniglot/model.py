@@ -96,8 +96,8 @@ class GMVAE(nn.Module):
         )  # fmt: skip
         self.to(memory_format=torch.channels_last)
 
-    def autocast(self, x, enabled=True):
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16 and enabled)
+    def autocast(self, x):
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16)
 
     def encode(self, x):
         """Encode images alone: (N, 28, 28, 1), float in [0, 1] or bytes -> features (N, 4 * hidden_size)."""
@@ -116,8 +116,7 @@ class GMVAE(nn.Module):
         with self.autocast(h):
             for block in attention:
                 sets = block(sets)
-        with self.autocast(h, enabled=False):
-            return linear(sets.float()).view(*h.shape[:2], -1).chunk(2, dim=-1)
+        return linear(sets.float()).view(*h.shape[:2], -1).chunk(2, dim=-1)
 
     def decode(self, z):
         """Decode latents (N, D) -> Bernoulli logits of the pixels (N, 28, 28, 1), float32."""
