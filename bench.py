@@ -31,9 +31,10 @@ import torchvision
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
+sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in ("tests", "results")]
 from folders import ROOT, load
 from pairs import COMPILED, PAIRS, difference
+from speed import speed_table
 
 machine, runtime = load("omniglot", "machine"), load("omniglot", "runtime")
 SECONDS = 12  # of timing per part of a measurement, but at least 6 calls, 3 of the plain version
@@ -168,34 +169,6 @@ def matmul_rate(precision, device, size):
 # --- the report -----------------------------------------------------------------------------------
 
 
-HEADER = [
-    "measurement", "precision", "ours", "peak memory", "TFLOP", "of matmul rate",
-    "plain", "peak memory", "speed-up", "less memory",
-]  # fmt: skip
-
-
-def cells(row):
-    """Format a row of the JSON file as texts under HEADER; what was not measured is empty."""
-    costs = {"ours": ["", ""], "plain": ["", ""]}
-    for version in costs.keys() & row.keys():
-        r, one = row[version], row["items"] == 1
-        pace = f"{1000 * r['seconds']:,.1f} ms" if one else f"{r['rate']:,.1f} {row['unit']}/s"
-        memory = "" if r["memory_bytes"] is None else f"{r['memory_bytes'] / 2**20:,.0f} MiB"
-        costs[version] = [pace, memory]
-    work = [f"{row['ours']['flop'] / 1e12:.3g}", f"{row['ours']['share_of_matmul_rate']:.0%}"]
-    ratios = [f"{row[key]:.1f}x" if key in row else "" for key in ("speedup", "memory_ratio")]
-    return [row["title"], row["precision"], *costs["ours"], *work, *costs["plain"], *ratios]
-
-
-def show(header, rows):
-    """Print a table in Markdown, aligned."""
-    rows = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    for line in rows:
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
-
-
 def bench(args, device, bf16):
     """Measure, print the table, and return what the JSON file holds."""
     size = 256 if args.tiny else 8192 if device.type == "cuda" else 2048
@@ -211,10 +184,10 @@ def bench(args, device, bf16):
             row = measure(build(*settings, args.tiny, device, bf16), device, args.baseline, args.repeat)
         rows[name], rate = row, row["ours"]["flop"] / row["ours"]["seconds"]
         row["ours"]["share_of_matmul_rate"] = rate / rates[row["precision"]]
-    show(HEADER, map(cells, rows.values()))
-    print(", ".join(f"{name} matrix product {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items()))
     found = {"matmul_flop_per_second": rates, "measurements": rows}
-    return {**about(args, device), "precision": precisions[-1], **found}
+    report = {**about(args, device), "precision": precisions[-1], **found}
+    print(speed_table(report))
+    return report
 
 
 def measure_apart(name):

@@ -4,13 +4,12 @@ from ablations import RESULTS, read_json
 from pages import grid
 
 
-def speed_table(path):
-    """Make a table of a file of bench.py, with times from before a change if there is such a file.
+def speed_table(bench, old=None):
+    """Make a table of a report of bench.py, with the times of an `old` one, from before a change, if given.
 
     "products alone" is the speed-up there would be if our matrix products alone took time.
     """
-    bench, before = read_json(path), path.with_name(f"{path.stem}-before.json")
-    old = read_json(before)["measurements"] if before.exists() else {}
+    old = old["measurements"] if old else {}
     threads = f", {bench['threads']} threads" if bench["device"].endswith("CPU") else ""
     where = f"{bench['device']}{threads}, torch {bench['versions']['torch']}"
     header = ["", "here", "plain float32", "speed-up", "products alone", "peak memory", "plain's"]
@@ -46,5 +45,6 @@ def memory(row, version):
 
 def speed_tables():
     """Make a table of every machine and precision."""
-    paths = sorted(RESULTS.glob("bench/*.json"))
-    return "\n\n".join(speed_table(path) for path in paths if not path.stem.endswith("-before"))
+    reports = {path.stem: read_json(path) for path in sorted(RESULTS.glob("bench/*.json"))}
+    now = [name for name in reports if not name.endswith("-before")]
+    return "\n\n".join(speed_table(reports[name], reports.get(f"{name}-before")) for name in now)
