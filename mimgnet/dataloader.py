@@ -159,11 +159,8 @@ def check_encoder(described, path, data_dir):
 
     Raises UserError.
     """
-    try:
-        expected = read_config(path.parent).get("features", {}).get("encoder_crc32")
-    except UserError:
-        return  # beside the weights lies something else
-    found = described.get("encoder_crc32")
+    trained_on = read_config(path.parent, strict=False).get("features", {})
+    found, expected = (of.get("encoder_crc32") for of in (described, trained_on))
     if found and expected and found != expected:
         said = f"encoder_crc32 {found} found, {expected} expected, as {path} was trained on"
         raise UserError(f"{data_dir / 'features.json'}: {said}")

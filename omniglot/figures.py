@@ -151,10 +151,7 @@ def main():
             found = f"{args.out} found, a folder to write to expected ({error.strerror})"
             raise UserError(f"--out: {found}") from None
         say_other_data(args.checkpoint, describe_run({}, images.device, "fp32", {"test": images})["data"])
-        try:
-            trained = read_config(args.checkpoint.parent).get("args", {})
-        except UserError:
-            trained = {}  # beside the weights lies something else
+        trained = read_config(args.checkpoint.parent, strict=False).get("args", {})
         x, mean, before, mu, var = fit_episode(model, images, args, trained.get("e_step", "unit"))
         shape = trained.get("target_shape") if trained.get("target") == "canonical" else None
         components(model, x, mu, var, args.out / "components.png", shape)

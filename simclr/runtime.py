@@ -92,8 +92,8 @@ def describe_run(args, device, precision, arrays):
     }
 
 
-def read_config(folder):
-    """Read config.json of a run; {} where there is none. Raises UserError if it is damaged."""
+def read_config(folder, strict=True):
+    """Read config.json of a run; {} where there is none. Raises UserError if it is damaged and `strict`."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -102,6 +102,8 @@ def read_config(folder):
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError):
+        if not strict:  # what lies beside weights may be of something else
+            return {}
         raise UserError(f"{path}: not readable, the flags of the run in {folder} expected") from None
 
 
@@ -120,11 +122,8 @@ def differences(config, before, free):
 def say_other_data(place, data):
     """Print a line if `data`, from `describe_run`, are not those of the run at `place`."""
     folder = place if place.is_dir() else place.parent
-    try:
-        trained_on = read_config(folder).get("data", {})
-        other = [split for split, of in data.items() if trained_on.get(split, of) != of]
-    except UserError:
-        return  # beside the weights lies something else
+    trained_on = read_config(folder, strict=False).get("data", {})
+    other = [split for split, of in data.items() if trained_on.get(split, of) != of]
     if other:
         print(f"other {', '.join(other)} data than those of the run in {folder}, as its config.json says")
 
