@@ -93,12 +93,12 @@ def keep_memory():
 
 
 @contextmanager
-def catch_stop():
+def catch_stop(several=False):
     """Yield a list that receives SIGINT and SIGTERM; the same signal again ends the program at once.
 
-    Under torchrun it does not: a process may get one signal from torchrun and one from elsewhere.
+    With `several` processes it does not: one may get a signal from torchrun and one from elsewhere.
     """
-    received, several = [], "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    received = []
 
     def handler(signum, _):
         received.append(signum)

@@ -25,7 +25,7 @@ from dataloader import SHOTS, draw_sets, load_splits
 from evaluate import evaluate_split, summary, test
 from machine import BAR_SECONDS, HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path
 from model import GMVAE, load_model
-from parallel import join, mean, part, rank, share, share_of_draws, stopping, wait, wrap
+from parallel import join, mean, part, rank, share, share_of_draws, stopping, wait, wrap, world
 from pose import canonical, pose, warp
 from runtime import Log, describe_run, load_checkpoint, open_folder, restore, save_checkpoint
 from runtime import say_other_data, snapshot, write_json, write_metrics
@@ -288,7 +288,7 @@ def main():
             write_json(args.save_dir / "config.json", config)
             say_other_data(args.checkpoint, config["data"])
         else:
-            with catch_stop() as stop:
+            with catch_stop(world() > 1) as stop:
                 train(splits, device, bf16, config, stop, args)
         test(weights_for(args), splits["test"], args)
 

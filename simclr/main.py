@@ -30,7 +30,7 @@ from machine import BAR_SECONDS, HERE, Parser, UserError, catch_stop, number, pr
 from machine import user_path, write
 from model import Encoder, load_model, nt_xent, projection_head, prototypical
 from neighbours import REFRESH_EPOCHS, draw_partners, find_neighbours
-from parallel import gather, join, part, rank, share, stopping, wait, wrap
+from parallel import gather, join, part, rank, share, stopping, wait, wrap, world
 from runtime import Log, describe_run, open_folder, restore, save_checkpoint
 from runtime import say_other_data, snapshot, write_json, write_metrics
 
@@ -286,7 +286,7 @@ def main():
             if rank() == 0:
                 config = open_folder(args.save_dir, config, args.resume, names("run", "test") | longer)
             wait(rank() == 0)
-            with catch_stop() as stop:
+            with catch_stop(world() > 1) as stop:
                 train(splits, device, bf16, config, stop, args)
         else:
             say_other_data(args.checkpoint or args.save_dir, config["data"])
