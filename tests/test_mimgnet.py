@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import plain
-from conftest import load
+from conftest import ROOT, load
 
 main, model, dataloader = (load("mimgnet", name) for name in ("main", "model", "dataloader"))
 
@@ -136,6 +136,11 @@ def test_published_defaults():
         e_step="unit", kl_warmup_iters=0, kl_weight=1.0, lr_schedule="constant", ema_decay=0.0,
     )  # fmt: skip
     assert {name: args[name] for name in published} == published
+
+
+def test_the_published_recipe_is_the_default():
+    recipe = ROOT / "mimgnet/recipes/published.txt"
+    assert main.parse_args([f"@{recipe}"]) == main.parse_args([])
 
 
 def test_nan_is_no_accuracy():

@@ -37,11 +37,6 @@ def test_recipes(recipe, length, monkeypatch):
         assert vars(args) == default | changed
 
 
-def test_the_published_recipe_of_mini_imagenet_is_the_default():
-    parse = load("mimgnet", "main").parse_args
-    assert parse([f"@{ROOT}/mimgnet/recipes/published.txt"]) == parse([])
-
-
 def test_views():
     """The target is the drawing itself, or the drawing (not its warped view) without its pose."""
     pose, x = load("omniglot", "pose"), torch.rand(2, 3, 28, 28, 1)
