@@ -128,6 +128,13 @@ def test_what_is_refused(tmp_path):
     few = make(tmp_path / "few", classes=14)
     fails(prepare(few, out), "few: 14 class folders found, at least 15 expected")
     fails(prepare(tmp_path, out), "few: no picture found (class00, class01, class02)")
+    one = make(tmp_path / "one", members=1)
+    fails(prepare(one, out), "class00: 1 picture found, at least 2 in each class expected")
+    fails(prepare(source, out, "--ground", "dark"), "has ink up to 255, mean 2", "expected up to 255")
+    pale = make(tmp_path / "pale", light=False)
+    for path in pale.glob("*/*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) // 5).save(path)
+    fails(prepare(pale, out), "has ink up to 5", "expected up to 255 on an empty ground")
     for c in range(8):
         for path in (source / f"class{c:02d}").iterdir():
             Image.fromarray(255 - np.asarray(Image.open(path))).save(path)

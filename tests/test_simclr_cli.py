@@ -148,6 +148,25 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     assert (read_features(tmp_path / "best")["test"] == read_features(features)["test"]).all() == same
 
 
+def test_no_features_json_lies_beside_files_of_two_encoders(whole_run, tmp_path, monkeypatch):
+    """An export ends between its second and its third file."""
+    folder, features, flags = whole_run
+    out, main, export = tmp_path / "f", load("simclr", "main"), load("simclr", "export")
+    shutil.copytree(features, out)
+    place = ["--save-dir", tmp_path / "s", "--feature-save-dir", out]
+    place += ["--export-only", "--checkpoint", folder / "encoder.pt"]
+    args, replace = main.parse_args([*map(str, [*flags, *place])]), Path.replace
+
+    def killed(path, target):
+        assert target.name != "test_features.npy", "killed"
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(AssertionError, match="killed"):
+        export.export(export.load_splits(args), torch.device("cpu"), args)
+    assert (out / "test_features.npy").exists() and not (out / "features.json").exists()
+
+
 def test_larger_images_have_wider_features(data_dir, whole_run, tmp_path):
     """--feature-size 100: 3 x 3 places instead of 2 x 2, of images that torchvision enlarges."""
     folder, _, flags = whole_run

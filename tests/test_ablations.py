@@ -1,0 +1,105 @@
+"""results/ablations.py: its trainings and tests are of what they say, and its counts are right."""
+
+import json
+import shutil
+
+import torch
+
+from conftest import ROOT, load, needs_shared_data, run
+from test_results import RESULTS, read_json
+
+ablations = load("results", "ablations")
+
+
+def test_the_ablations_are_flags():
+    parsers = {experiment: load(experiment, "main").parse_args for experiment in ("omniglot", "mimgnet")}
+    for flags in [ablations.WAYS, *ablations.TEST]:
+        parsers["omniglot"](flags.split())
+    for experiment, trainings in ablations.TRAIN.items():
+        base = ablations.BASE[experiment]
+        for name, flags in trainings.items():
+            before, after = (vars(parsers[experiment](text.split())) for text in (base, f"{base} {flags}"))
+            assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
+    for base, changes in ablations.SEEDS.values():
+        base = base.replace("@", f"@{ROOT}/omniglot/")
+        for name, flags in changes.items():
+            before, after = (vars(parsers["omniglot"](f"{base} {text}".split())) for text in ("", flags))
+            assert sum(value != before[key] for key, value in after.items()) == (1 if flags else 0), name
+            assert flags or name in (*ablations.CODE, "all")
+
+
+def test_an_ablation_tests_one_run_and_trains_what_is_not_finished(tmp_path, monkeypatch):
+    calls, kept = [], "mimgnet/neighbours/seed0"
+
+    def main_py(experiment, data_dir, *flags, code=None):
+        calls.append([experiment, data_dir, *map(str, flags)])
+        if "--eval-only" in flags:
+            out = flags[flags.index("--save-dir") + 1]
+            (ROOT / out / "test.json").write_text(json.dumps({"of": flags[-1]}))
+
+    monkeypatch.setattr(ablations, "main_py", main_py)
+    monkeypatch.setattr(ablations, "OUT", tmp_path)
+    ablations.test(kept, ["--no-set-attention", ablations.WAYS], "data")
+    for call, last in zip(calls, ("--no-set-attention", f"--e-step tied-full {ablations.WAYS}"), strict=True):
+        assert call[:5] == ["mimgnet", "data", "--eval-only", "--checkpoint", str(RESULTS / kept)]
+        assert " ".join(call[7:]) == f"--test-shot 1 5 {last}"
+    found = {"--no-set-attention": {"of": "--no-set-attention"}, ablations.WAYS: {"of": "20"}}
+    assert read_json(tmp_path / f"{kept}.json") == found
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-1/test.json").write_text("{}")
+    calls.clear()
+    ablations.train(["seed-1", "seed-2"], None)
+    ablations.train_seeds("decoded", ["one"], None)
+    ends = [("--seed 2", "seed-2")]
+    ends += [(f"--seed {n} --decode-samples 1", f"decoded/one/seed{n}") for n in range(3)]
+    for call, (flags, folder) in zip(calls, ends, strict=True):
+        assert " ".join(call[2:]).endswith(f"{flags} --save-dir ../results/ablations/{folder} --resume")
+
+
+def test_the_ablations_that_no_flag_does_change_what_they_say(glyphs_dir):
+    """What the encoder sees and what the decoder draws: are they in the middle, are they of one size?"""
+    measure = """
+import sys
+args = main.parse_args(["@recipes/quick.txt", "--data-dir", *sys.argv[1:]])
+images = main.load_splits(args)["train"].flatten(0, 1)
+for x in main.views(images.float() / (255 if images.dtype == torch.uint8 else 1), None, args):
+    centre, size = main.pose(x, 0)
+    print(bool(centre.abs().mean() < 0.05), bool(size[:, 0, 0].std() < 0.05), end=" ")
+"""
+    seen, plain = {}, "import main, torch; main.main()"
+    for name in ("target-shape-0", "target-centred", "input-canonical"):
+        code = ablations.CODE.get(name, plain).replace("; main.main()", measure)
+        result = run("omniglot", code, glyphs_dir, *ablations.OURS[name].split(), script="-c")
+        seen[name] = result.stdout.strip() or result.stderr
+    assert seen == {
+        "target-shape-0": "False False True True",
+        "target-centred": "False False True False",
+        "input-canonical": "True True True True",
+    }
+
+
+def test_a_dimension_is_active_when_its_signal_is_above_its_noise():
+    log_var = torch.tensor([0.02, 0.5, 1.0, 4.0]).log().expand(1000, -1)
+    scale = torch.tensor([1.0, 0.5, 0.0, 3.0])  # of the means: variance 1, 0.25, 0 and 9
+    mean = 7 + scale * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    assert ablations.active_dims(mean, log_var) == 2
+
+
+def test_other_ways_are_of_the_runs_themselves():
+    for name, variants in ablations.tested().items():
+        if name.startswith("omniglot/") and ablations.WAYS in variants:
+            found, said = variants[ablations.WAYS], read_json(RESULTS / name / "test.json")
+            for cell in said:
+                assert abs(found[cell]["accuracy"] - said[cell]["accuracy"]) < 0.05, (name, cell)
+
+
+@needs_shared_data
+def test_the_active_dimensions_are_those_of_the_checkpoints(omniglot_dir, tmp_path):
+    for folder in ("results", "omniglot"):
+        ignored = shutil.ignore_patterns("runs", "ablations", "mimgnet", "bench")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    result = run(tmp_path / "results", "active", "--data-dir", omniglot_dir, script="ablations.py")
+    assert result.returncode == 0, result.stderr
+    found, said = (read_json(place / "results/ablations/active.json") for place in (tmp_path, ROOT))
+    stale = [name for name, counts in found.items() if said.get(name) != counts]
+    assert found and not stale, "to be written again by ablations.py active"
