@@ -1,7 +1,7 @@
 """Measure time and memory of the programs on this machine, at the published settings and on random inputs.
 
-    python bench.py                   # every measurement, about 6 minutes on two CPU cores
-    python bench.py --baseline        # and the plain version of tests/plain.py beside it, about 17 minutes
+    python bench.py                   # every measurement, some minutes
+    python bench.py --baseline        # and the plain version of tests/plain.py beside it, 17 to 25 minutes
 
 Prints a table and writes results/bench/<device>-<precision>.json (on a CPU with its threads). A time is the
 median of several after a warm-up. The baseline is eager float32 written from the equations; it has to give
@@ -154,13 +154,11 @@ def measure(pair, device, baseline, repeat):
             row[version]["parts"][part] = spread | {"times": times, "samples": len(took)}
     if baseline:
         row["speedup"] = row["plain"]["seconds"] / row["ours"]["seconds"]
-        if row["ours"]["memory_bytes"] and row["plain"]["memory_bytes"]:
-            row["memory_ratio"] = row["plain"]["memory_bytes"] / row["ours"]["memory_bytes"]
     return row
 
 
 def matmul_rate(precision, device, size):
-    """Return FLOP per second of a large square matrix product, the best of several, to compute shares."""
+    """Return FLOP per second of a large square matrix product, the best of several."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = min(seconds(lambda: a @ a, device) for _ in range(8))
     return 2 * size**3 / best
@@ -182,8 +180,7 @@ def bench(args, device, bf16):
         else:
             build, *settings = PAIRS[name]
             row = measure(build(*settings, args.tiny, device, bf16), device, args.baseline, args.repeat)
-        rows[name], rate = row, row["ours"]["flop"] / row["ours"]["seconds"]
-        row["ours"]["share_of_matmul_rate"] = rate / rates[row["precision"]]
+        rows[name] = row
     found = {"matmul_flop_per_second": rates, "measurements": rows}
     report = {**about(args, device), "precision": precisions[-1], **found}
     print(speed_table(report))

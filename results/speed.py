@@ -4,25 +4,22 @@ from ablations import RESULTS, read_json
 from pages import grid
 
 
-def speed_table(bench, old=None):
-    """Make a table of a report of bench.py, with the times of an `old` one, from before a change, if given.
+def speed_table(bench):
+    """Make a table of a report of bench.py.
 
     "products alone" is the speed-up there would be if our matrix products alone took time.
     """
-    old = old["measurements"] if old else {}
     threads = f", {bench['threads']} threads" if bench["device"].endswith("CPU") else ""
     where = f"{bench['device']}{threads}, torch {bench['versions']['torch']}"
     header = ["", "here", "plain float32", "speed-up", "products alone", "peak memory", "plain's"]
-    header += ["here, before"] if old else []
     lines = []
-    for name, row in bench["measurements"].items():
+    for row in bench["measurements"].values():
         speedup = alone = ""
         if "plain" in row:
             products = row["ours"]["flop"] / bench["matmul_flop_per_second"][row["precision"]]
             speedup, alone = f"{row['speedup']:.1f} ×", f"{row['plain']['seconds'] / products:.1f} ×"
         line = [row["title"], pace(row, "ours"), pace(row, "plain"), speedup, alone]
-        line += [memory(row, "ours"), memory(row, "plain")]
-        lines.append(line + ([pace(old.get(name, {}), "ours")] if old else []))
+        lines.append(line + [memory(row, "ours"), memory(row, "plain")])
     return f"{where}, networks in {bench['precision']}: `{bench['command']}`\n\n{grid(header, lines)}"
 
 
@@ -45,6 +42,4 @@ def memory(row, version):
 
 def speed_tables():
     """Make a table of every machine and precision."""
-    reports = {path.stem: read_json(path) for path in sorted(RESULTS.glob("bench/*.json"))}
-    now = [name for name in reports if not name.endswith("-before")]
-    return "\n\n".join(speed_table(reports[name], reports.get(f"{name}-before")) for name in now)
+    return "\n\n".join(speed_table(read_json(path)) for path in sorted(RESULTS.glob("bench/*.json")))

@@ -154,7 +154,7 @@ def test_the_report(tmp_path):
             row["ours"]["parts"].keys() == pair.ours.keys()
             and row["plain"]["parts"].keys() == pair.plain.keys()
         )
-        assert row["ours"]["flop"] > 0 and row["ours"]["share_of_matmul_rate"] > 0 and row["speedup"] > 0
+        assert row["ours"]["flop"] > 0 and row["speedup"] > 0
     assert report["measurements"]["omniglot-eval-5way"]["items"] == EPISODES
     assert len([line for line in result.stdout.splitlines() if line.startswith("| ")]) == len(EAGER) + 1
 
