@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, fails, needs_shared_data, run, shared_data
+from conftest import ROOT, fails, needs_shared_data, run
 
 TINY = "--hidden-size 8 --latent-size 8 --batch-size 2 --sample-size 20 --eval-episodes 8 --device cpu"
 TINY = [*TINY.split(), *"--train-mc-sample-size 2 --test-mc-sample-size 2".split()]
@@ -316,16 +316,11 @@ def test_help_describes_every_flag():
 
 
 @needs_shared_data
-def test_real_omniglot(tmp_path):
-    """Prepares the real archives and trains a few steps on them."""
-    result = run(
-        "data/omniglot", "--source", shared_data / "omniglot", "--out", tmp_path / "data", script="prepare.py"
-    )
-    assert result.returncode == 0, result.stderr
-    flags = "--train-mc-sample-size 1 --train-iters 6 --freq-iters 3 --eval-episodes 20 --device cpu".split()
-    result = run(
-        "omniglot", "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run", *flags, timeout=300
-    )
+def test_real_omniglot(omniglot_dir, tmp_path):
+    """Trains a few steps on the real drawings."""
+    flags = "--train-mc-sample-size 1 --train-iters 6 --freq-iters 3 --eval-episodes 20 --test-shot 1".split()
+    place = ["--device", "cpu", "--data-dir", omniglot_dir, "--save-dir", tmp_path / "run"]
+    result = run("omniglot", *place, *flags, timeout=300)
     assert result.returncode == 0, result.stderr
     first, last = metrics(tmp_path / "run")
     assert last["reconstruction"] < first["reconstruction"] < 600  # 784 pixels at log 2 nats are 543
