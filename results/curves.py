@@ -12,31 +12,32 @@ from ablations import RESULTS, read_lines, save_figure
 from published import PUBLISHED
 
 OMNIGLOT = RESULTS / "omniglot"
-RUNS = {
-    "published, one sample decoded": "published-5way/seed0",
-    "fast: small sets, KL warm-up, cosine": "5way-long/seed0",
-    "ours": "canonical/seed0",
-}
-PANELS = {
-    "accuracy, 5 ways, 1 shot (%)": lambda line: line["5way1shot"]["accuracy"],
-    "accuracy, 5 ways, 5 shots (%)": lambda line: line["5way5shot"]["accuracy"],
-    "reconstruction (nats an image)": lambda line: line["reconstruction"],
-    "KL (nats an image)": lambda line: line["kl"],
+ONE = "published, one sample decoded"
+RUNS = {  # ways -> label -> folder; ours is trained and validated at 5 ways
+    5: {ONE: "published-5way/seed0", "fast": "5way-long/seed0", "ours": "canonical/seed0"},
+    20: {ONE: "published-20way/seed0", "fast": "20way-fast/seed0"},
 }
 
 
 def main():
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), layout="constrained")
-    for label, folder in RUNS.items():
-        lines = read_lines(OMNIGLOT / folder / "metrics.jsonl")
-        for ax, value in zip(axes, PANELS.values()):
-            ax.plot([line["step"] for line in lines], list(map(value, lines)), ".-", ms=3, lw=1, label=label)
-    for ax, title in zip(axes, PANELS):
-        ax.set(title=title, xlabel="step", xscale="log")
-        ax.grid(alpha=0.3)
-    for ax, cell in zip(axes, ("5way1shot", "5way5shot")):
-        ax.axhline(PUBLISHED["omniglot"][cell], color="black", lw=0.8, ls="--", label="the paper, on test")
-    axes[1].legend(fontsize=7, loc="lower right")
+    size = {"figsize": (16, 6.4), "layout": "constrained"}
+    figure, rows = plt.subplots(len(RUNS), 4, sharex=True, **size)
+    for axes, (way, runs) in zip(rows, RUNS.items()):
+        cells = [f"{way}way{shot}shot" for shot in (1, 5)]
+        for label, folder in runs.items():
+            lines = read_lines(OMNIGLOT / folder / "metrics.jsonl")
+            curves = [[line[cell]["accuracy"] for line in lines] for cell in cells]
+            curves += [[line[term] for line in lines] for term in ("reconstruction", "kl")]
+            for ax, curve in zip(axes, curves):
+                ax.plot([line["step"] for line in lines], curve, ".-", ms=3, lw=1, label=label)
+        shots = [f"validation accuracy, {way} ways, {shots} (%)" for shots in ("1 shot", "5 shots")]
+        for ax, title in zip(axes, [*shots, "reconstruction (nats an image)", "KL (nats an image)"]):
+            ax.set(title=title, xlabel="step", xscale="log")
+            ax.grid(alpha=0.3)
+        for ax, cell in zip(axes, cells):
+            paper = PUBLISHED["omniglot"][cell]
+            ax.axhline(paper, color="black", lw=0.8, ls="--", label="the paper, on test")
+        axes[1].legend(fontsize=7, loc="lower right")
     save_figure(OMNIGLOT / "curves.png", figure)
 
 
