@@ -131,7 +131,7 @@ def program():
     try:
         yield
     except (SourceError, BrokenProcessPool, OSError, MemoryError) as error:
-        print(f"prepare.py: error: {in_words(error)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {in_words(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

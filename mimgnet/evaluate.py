@@ -71,7 +71,7 @@ def summary(accuracies):
 def evaluate_split(model, images, ways, shots, seed, args):
     """Return {'5way1shot': accuracies of the episodes, ...}.
 
-    It runs in float32 whatever the training's precision: a checkpoint scores the same on every machine.
+    It runs in float32 whatever the training's precision: hardware with bfloat16 changes no score.
     """
     model.eval()
     trained_in, model.bf16 = model.bf16, False

@@ -148,6 +148,12 @@ class Parser(argparse.ArgumentParser):
         except ValueError as error:
             self.error(f"{line}: {error} found, a flag and its value expected")
 
+    def parse_known_args(self, *args, **kwargs):
+        try:
+            return super().parse_known_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"@: {error} found, a file of flags in UTF-8 expected")
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 

@@ -69,9 +69,9 @@ def make_parser():
     add("--weight-decay", type=rate, default=5e-2, help="Adam's L2 penalty")
     add("--kl-warmup-iters", type=natural, default=0, help="steps over which the KL weight rises")
     add("--kl-weight", type=rate, default=1.0, help="weight of the KL term; 1: the evidence lower bound")
-    fraction, seed = number(float, 0, below=1), number(int, 0, below=2**31)
-    add("--ema-decay", type=fraction, default=0.0, help="decay of the weights' EMA, which is tested; 0: off")
-    add("--seed", type=seed, default=0, help="for weights, sets and noise; episodes do not depend on it")
+    decay = number(float, 0, below=1)
+    add("--ema-decay", type=decay, default=0.0, help="decay of the weights' EMA, which is tested; 0: off")
+    add("--seed", type=natural, default=0, help="for weights, sets and noise; episodes do not depend on it")
     add("--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is fast")
     add("--compile", action="store_true", help="use torch.compile, with CUDA graphs; the start is slow")
     add = p.add_argument_group("evaluation").add_argument
@@ -197,6 +197,7 @@ def train(splits, device, bf16, config, stop, args):
     first = rank() == 0  # it validates and writes
     if first:
         write_json(args.save_dir / "config.json", config)
+        start < args.train_iters and (args.save_dir / "test.json").unlink(missing_ok=True)  # of fewer steps
     if first and start:  # a kill may have come after last.pt, before this
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
@@ -276,7 +277,8 @@ def main():
         of_args = {name: value for name, value in vars(args).items() if name in flags}
         config = describe_run(of_args, device, precision, splits) | {"features": described}
         splits = {name: images.to(device) for name, images in splits.items()}
-        print(f"{config['device']}, {'testing' if args.eval_only else 'training'} in {precision}")
+        doing = "testing" if args.eval_only else "training"
+        print(f"{config['device']}, {doing} in {precision}, tests with --e-step {args.e_step}")
         free = names("run", "test") | ({"train_iters"} if args.lr_schedule == "constant" else set())
         if rank() == 0:
             config = open_folder(args.save_dir, config, args.resume, free, testing=args.eval_only)

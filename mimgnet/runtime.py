@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machine import HERE, UserError, device_name, in_short, write
+from machine import HERE, UserError, device_name, in_short, lenient, write
 from parallel import world
 
 try:
@@ -174,7 +174,8 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.add_scalar = SummaryWriter(folder / "tb_log", purge_step=step + 1).add_scalar
+            writer = SummaryWriter(folder / "tb_log", purge_step=step + 1)
+            self.add_scalar = lenient(writer.add_scalar)  # a full disk ends the curves, not the run
         except (ImportError, OSError) as error:
             print(f"no curves in tb_log: {in_short(error)}", file=sys.stderr)
 

@@ -32,7 +32,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--checkpoint", type=user_path, required=True, help="a model, e.g. runs/5way/5shot_best.pt")
     add("--data-dir", type=user_path, default=data, help="folder with test.npy")
-    add("--out", type=user_path, help="folder for the figures (default: the checkpoint's)")
+    add("--out", type=user_path, help="folder for the figures; not given: the checkpoint's")
     add("--way", type=number(int, 2, below=11), default=5, help="classes of the episode")
     add("--shot", type=count, default=1, help="support images per class")
     add("--query", type=count, default=15, help="query images per class")
@@ -74,14 +74,14 @@ def save(figure, path):
 
 
 @torch.no_grad()
-def components(model, x, mu, var, path, shape=None, columns=8, seed=0):
+def components(model, x, mu, var, path, shape=None):
     """Draw each class's real images beside images decoded from z ~ N(mu_k, var_k) of its fitted component.
 
     x (way, members, 28, 28). `shape` is the --target-shape of a model that decodes canonical drawings;
     it adds the real ones without their pose, and the decoded ones in the pose of the real ones.
     """
-    columns = min(columns, x.shape[1])
-    noise = torch.randn(len(mu), columns, mu.shape[1], generator=torch.Generator().manual_seed(seed))
+    columns = min(8, x.shape[1])
+    noise = torch.randn(len(mu), columns, mu.shape[1], generator=torch.Generator().manual_seed(0))
     z = mu.unsqueeze(1) + var.sqrt().unsqueeze(1) * noise
     real, drawn = x[:, :columns].reshape(-1, 28, 28, 1), model.decode(z.flatten(0, 1)).sigmoid()
     panels = {"real drawings of the episode": real, "generated from each component": drawn}

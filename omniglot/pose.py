@@ -69,13 +69,13 @@ def warp(x, strength, generator=None):
     """Warp each image at random, for the encoder in training: x(A u + s + d(u)) (ours, not the paper's).
 
     x (..., H, W, 1) in [0, 1] -> x's shape, float32 in [0, 1]; bilinear, zero outside x. Drawn for each image
-    from `generator`, on x's device. `strength` "affine": A = rotation * shear * scale, by up to 15 degrees,
-    0.2 and e^0.2 an axis, either way, and a shift s of up to 0.2, all uniform. "elastic": also a smooth
-    displacement d, bicubic between 5 x 5 points of N(0, 0.08^2).
+    from `generator`, on x's device. `strength` "affine": A = rotation * shear * scale, uniform
+    within +-15 degrees, +-0.2 and, for each axis, e^+-0.2; each shift in s is within +-0.2. "elastic": also a
+    smooth displacement d, bicubic between 5 x 5 points of N(0, 0.08^2).
     """
     batch, (height, width) = x.shape[:-3], x.shape[-3:-1]
     draw = torch.rand(*batch, 6, device=x.device, generator=generator) * 2 - 1
-    turn, shear, wide, tall = (draw[..., :4]).unbind(-1)
+    turn, shear, wide, tall = draw[..., :4].unbind(-1)
     cos, sin = (turn * math.radians(15)).cos(), (turn * math.radians(15)).sin()
     shear, wide, tall = 0.2 * shear, (0.2 * wide).exp(), (0.2 * tall).exp()
     matrix = [wide * cos, tall * (shear * cos - sin), wide * sin, tall * (shear * sin + cos)]

@@ -8,7 +8,7 @@ comparable.
 
 import matplotlib.pyplot as plt
 
-from ablations import RESULTS, read_lines, save_figure
+from ablations import RESULTS, Parser, read_lines, save_figure
 from published import PUBLISHED
 
 OMNIGLOT = RESULTS / "omniglot"
@@ -20,6 +20,7 @@ RUNS = {  # ways -> label -> folder; ours is trained and validated at 5 ways
 
 
 def main():
+    Parser(description=__doc__.split("\n")[0]).parse_args()
     size = {"figsize": (16, 6.4), "layout": "constrained"}
     figure, rows = plt.subplots(len(RUNS), 4, sharex=True, **size)
     for axes, (way, runs) in zip(rows, RUNS.items()):

@@ -13,7 +13,7 @@ import torch
 from ablations import RESULTS
 
 sys.path.insert(0, str(RESULTS.parent / "omniglot"))
-from machine import UserError, program  # noqa: E402
+from machine import Parser, UserError, program  # noqa: E402
 from runtime import load_checkpoint, save_checkpoint  # noqa: E402
 
 
@@ -40,6 +40,7 @@ def keep_last(path):
 
 
 def main():
+    Parser(description=__doc__.split("\n")[0]).parse_args()
     with program():
         for path in sorted(RESULTS.glob("omniglot/*/seed*/last.pt")):
             keep_last(path)

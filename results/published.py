@@ -35,9 +35,11 @@ RECIPES = {"omniglot": RECIPE | OMNIGLOT, "mimgnet": RECIPE | MIMGNET}
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
 SIMCLR = {"batch_size": 512, "view_size": 84}
-# What the fast recipe changes, and what ours does, whose decoder draws characters without their pose.
+# What the fast recipe changes.
 FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}
+# Larger sets: ours on Mini-ImageNet, on features with --lda.
 LARGER_SETS = FAST | {"batch_size", "latent_size", "kl_weight", "weight_decay", "lr", "e_step"}
+# Ours on Omniglot, whose decoder draws characters without their pose.
 CANONICAL = FAST | {"lr", "target", "warp", "kl_weight", "e_step", "eval_episodes"}
 
 

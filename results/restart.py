@@ -61,7 +61,7 @@ def main():
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("run", type=user_path, help="folder of a run, with weights of its last step")
     p.add_argument("--out", type=user_path, required=True, help="output folder, for this run alone")
-    p.add_argument("--precision", choices=["fp32", "bf16"], help="from here on, default: as before")
+    p.add_argument("--precision", choices=["fp32", "bf16"], help="from here on; not given: as before")
     args = p.parse_args()
     with program():
         restart(args.run, args.out, args.precision)

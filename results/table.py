@@ -11,7 +11,7 @@ import re
 import statistics
 import sys
 
-from ablations import BASE, OURS, OUT, RESULTS, SEEDS, TEST, TRAIN, name_of, other_ways
+from ablations import BASE, OURS, OUT, RESULTS, SEEDS, TEST, TRAIN, Parser, name_of, other_ways
 from ablations import read_json, read_lines, save, tested
 from pages import filled, grid
 from published import OTHERS, PUBLISHED, encoder, recipe
@@ -267,7 +267,9 @@ def printed():
 
 
 def main():
-    check, stale = "--check" in sys.argv, []
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--check", action="store_true", help="write nothing, fail if a table is old")
+    check, stale = p.parse_args().check, []
     ablations = seeds_ablations, test_ablations, train_ablations
     readmes = {
         "README.md": {"printed": printed(), "results": table(HEADLINES)},

@@ -12,16 +12,15 @@ import statistics
 import sys
 from pathlib import Path
 
-from ablations import Parser, main_py, read_json, read_lines
+from ablations import RESULTS, Parser, main_py, read_json, read_lines
 from published import PUBLISHED
 
-ROOT = Path(__file__).resolve().parent.parent
 PAPER = {cell: accuracy for cell, accuracy in PUBLISHED["omniglot"].items() if cell.startswith("5way")}
 
 
 def run(folder, data_dir, flags):
     """Train and test in a folder; return (seconds of training, {cell: accuracy in %})."""
-    place = os.path.relpath(folder, ROOT / "omniglot")
+    place = os.path.relpath(folder, RESULTS.parent / "omniglot")
     main_py("omniglot", data_dir, "@recipes/quick.txt", "--save-dir", place, *flags)
     trained, test = read_lines(folder / "metrics.jsonl")[-1], read_json(folder / "test.json")
     return trained["seconds"], {cell: test[cell]["accuracy"] for cell in PAPER}
@@ -30,7 +29,7 @@ def run(folder, data_dir, flags):
 def main():
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--out", type=Path, default=ROOT / "runs/quick", help="new folder for the runs")
+    p.add_argument("--out", type=Path, default=RESULTS.parent / "runs/quick", help="new folder for the runs")
     p.add_argument("--data-dir", type=Path, help="prepared arrays, if not in data/")
     args, flags = p.parse_known_args()  # the others are main.py's
     out = args.out.resolve()

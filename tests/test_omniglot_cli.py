@@ -108,7 +108,12 @@ def test_a_run_at_a_constant_rate_is_trained_longer(glyphs_dir, tmp_path):
     assert run("omniglot", "--save-dir", tmp_path / "whole", *flags, "--train-iters", 40).returncode == 0
     place = ["--save-dir", tmp_path / "longer", *flags]
     assert run("omniglot", *place, "--train-iters", 20).returncode == 0
-    result = run("omniglot", *place, "--train-iters", 40, "--resume")
+    assert (tmp_path / "longer/test.json").exists()
+    broken = "import main; main.train_step = 0; main.main()"
+    longer = [*place, "--train-iters", 40, "--resume"]
+    assert run("omniglot", broken, *longer, script="-c").returncode == 1
+    assert not (tmp_path / "longer/test.json").exists()  # it was of 20 steps
+    result = run("omniglot", *longer)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "longer")
     assert json.loads((tmp_path / "longer/config.json").read_text())["args"]["train_iters"] == 40

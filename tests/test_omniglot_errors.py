@@ -182,7 +182,7 @@ def test_a_log_in_an_encoding_without_some_sign_ends_no_run(encoding, glyphs_dir
     result = run("omniglot", *flags, env={"PYTHONIOENCODING": encoding, "HOME": str(glyphs_dir)})
     assert result.returncode == 0, result.stderr
     assert re.search(r"5way1shot +[\d.]+ \? [\d.]+", result.stdout) and (tmp_path / "run/test.json").exists()
-    assert re.match(r".*threads, training in (fp32|bf16)\n", result.stdout)
+    assert re.match(r".*threads, training in (fp32|bf16), tests with --e-step unit\n", result.stdout)
 
 
 def test_too_large_a_step_leaves_the_folder_free(glyphs_dir, tmp_path):

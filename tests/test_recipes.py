@@ -57,6 +57,14 @@ def test_decoding_more_samples_than_there_are(capsys):
     assert end.value.code == 2 and "--decode-samples: 3 found, at most" in capsys.readouterr().err
 
 
+def test_a_recipe_that_is_not_text(tmp_path, capsys):
+    path = tmp_path / "recipe.txt"
+    path.write_text("--lr 0.1", encoding="utf-16")
+    with pytest.raises(SystemExit) as end:
+        main.parse_args([f"@{path}"])
+    assert end.value.code == 2 and "a file of flags in UTF-8 expected" in capsys.readouterr().err
+
+
 def test_published_schedules_are_constant():
     args = main.parse_args([])
     assert [main.learning_rate(step, args) for step in (1, 30000, 60000)] == [1e-3] * 3

@@ -33,6 +33,11 @@ def test_tables_agree_with_results():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("script", ["table.py", "curves.py", "halve.py"])
+def test_a_script_without_flags_does_nothing_for_one(script):
+    fails(run("results", "--nonsense", script=script), f"{script}: error: unrecognized arguments: --nonsense")
+
+
 def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
     """A run has the published flags and two seeds at 5 ways; a single fast one is at 20."""
     table, parse = load("results", "table"), load("omniglot", "main").parse_args

@@ -181,6 +181,16 @@ def test_a_log_counts_its_steps():
     assert log.flush(10) == {"a": 3.0} and drawn == [("train/a", 1, 8), ("train/a", 2, 9), ("train/a", 3, 10)]
 
 
+def test_curves_that_cannot_be_written_end_no_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    log = runtime.Log(tmp_path, ("a",), [], 0)
+    log.add(torch.tensor(2.0))
+    assert log.flush(1) == {"a": 2.0}
+
+
 def test_auto_is_bf16_where_it_is_fast(monkeypatch):
     for flags, fast in (("avx512f avx512_bf16", True), ("avx512f avx2", False)):
         monkeypatch.setattr(machine, "cpu_facts", lambda: f"flags : {flags}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 DAMAGE = (  # what reading an image raises
-    OSError, RuntimeError, SyntaxError, ValueError,
+    EOFError, OSError, RuntimeError, SyntaxError, ValueError,
     Image.DecompressionBombError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 

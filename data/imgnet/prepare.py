@@ -215,8 +215,8 @@ def parse_args():
                         help="folder with the three CSVs and images/ or zips of it")  # fmt: skip
     parser.add_argument("--out", type=user_path, default=here, help="arrays' folder (default: the script's)")
     parser.add_argument("--if-changed", choices=["again", "fail"],
-                        help="keep arrays in --out made from this source; make others again, or fail; "
-                        "fail also keeps arrays beside the source that do not record it")  # fmt: skip
+                        help="keep arrays made from this source; make others again, or fail. fail also "
+                        "keeps arrays beside the source that do not say what they are from")  # fmt: skip
     return parser.parse_args()
 
 
