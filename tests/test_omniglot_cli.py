@@ -65,7 +65,7 @@ def test_a_run_leaves_its_files(whole_run):
     scores = json.loads((folder / "test.json").read_text())
     assert scores.keys() == {"5way1shot", "5way5shot"}
     assert all(0 <= s["accuracy"] <= 100 and s["ci95"] >= 0 and s["episodes"] == 8 for s in scores.values())
-    assert result.stdout.count("step ") == 3 and result.stdout.count("test ") == 2
+    assert result.stdout.count("\nstep ") == 3 and result.stdout.count("test ") == 2
     assert any("events" in path.name for path in (folder / "tb_log").iterdir())
 
 
