@@ -31,7 +31,7 @@ def in_short(error):
 
 
 def lenient(method):
-    """Make a stream's method drop what it cannot write (closed pipe, full disk), so that the run goes on."""
+    """Make a method drop what it cannot write (closed pipe, full disk), so that the run goes on."""
 
     def call(*args):
         with suppress(OSError):
@@ -143,6 +143,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter, allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
 
     def convert_arg_line_to_args(self, line):
+        line.encode()  # since Python 3.12 argparse hides here what is not UTF-8; before, it raises itself
         try:
             return shlex.split(re.sub(r"(^|\s)#.*", "", line))  # a name may have a # inside
         except ValueError as error:
@@ -151,7 +152,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args, **kwargs):
         try:
             return super().parse_known_args(*args, **kwargs)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             self.error(f"@: {error} found, a file of flags in UTF-8 expected")
 
     def error(self, message):

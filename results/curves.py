@@ -21,8 +21,7 @@ RUNS = {  # ways -> label -> folder; ours is trained and validated at 5 ways
 
 def main():
     Parser(description=__doc__.split("\n")[0]).parse_args()
-    size = {"figsize": (16, 6.4), "layout": "constrained"}
-    figure, rows = plt.subplots(len(RUNS), 4, sharex=True, **size)
+    figure, rows = plt.subplots(len(RUNS), 4, sharex=True, figsize=(16, 6.4), layout="constrained")
     for axes, (way, runs) in zip(rows, RUNS.items()):
         cells = [f"{way}way{shot}shot" for shot in (1, 5)]
         for label, folder in runs.items():
@@ -31,8 +30,8 @@ def main():
             curves += [[line[term] for line in lines] for term in ("reconstruction", "kl")]
             for ax, curve in zip(axes, curves):
                 ax.plot([line["step"] for line in lines], curve, ".-", ms=3, lw=1, label=label)
-        shots = [f"validation accuracy, {way} ways, {shots} (%)" for shots in ("1 shot", "5 shots")]
-        for ax, title in zip(axes, [*shots, "reconstruction (nats an image)", "KL (nats an image)"]):
+        titles = [f"validation accuracy, {way} ways, {shots} (%)" for shots in ("1 shot", "5 shots")]
+        for ax, title in zip(axes, [*titles, "reconstruction (nats an image)", "KL (nats an image)"]):
             ax.set(title=title, xlabel="step", xscale="log")
             ax.grid(alpha=0.3)
         for ax, cell in zip(axes, cells):

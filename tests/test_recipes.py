@@ -57,8 +57,10 @@ def test_decoding_more_samples_than_there_are(capsys):
     assert end.value.code == 2 and "--decode-samples: 3 found, at most" in capsys.readouterr().err
 
 
-def test_a_recipe_that_is_not_text(tmp_path, capsys):
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as argparse opens it since Python 3.12
+def test_a_recipe_that_is_not_text(errors, tmp_path, capsys, monkeypatch):
     path = tmp_path / "recipe.txt"
+    monkeypatch.setattr("argparse.open", lambda name, **_: open(name, errors=errors), raising=False)
     path.write_text("--lr 0.1", encoding="utf-16")
     with pytest.raises(SystemExit) as end:
         main.parse_args([f"@{path}"])
