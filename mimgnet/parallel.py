@@ -64,10 +64,10 @@ def join(name, batch_size, compiling=False):
         ended = isinstance(error, dist.DistError)
         ended |= isinstance(error, RuntimeError) and "gloo" in str(error)
         said, alike = store.add("said", 1), store.add(in_short(error), 1)
-        if isinstance(error, Exception) and (said if ended else alike) > 1:
-            sys.exit(2)
-        if number:
-            print(file=sys.stderr)  # the first process's bar may be on this line
+        if isinstance(error, Exception):
+            if (said if ended else alike) > 1:
+                sys.exit(2)
+            number and print(file=sys.stderr)  # the first process's bar may be on this line
         if not ended:
             raise
         found = f"another process of the run ended ({in_short(error).split('. ')[0]})"
