@@ -1,6 +1,6 @@
 """Store the weights of results/ in half precision: clones are smaller, accuracies the same to 0.01 points.
 
-    python results/halve.py        # every *best.pt of a run, unless it is half already
+    python results/halve.py        # every *best.pt of omniglot/ and mimgnet/, unless it is half already
 
 `main.py --eval-only` reads them like any checkpoint, into a float32 network. The weights of a last.pt, which
 is too large for a clone, are kept as weights.pt, unless they are the best: restart.py continues from them.
@@ -32,9 +32,10 @@ def halve(path):
 
 
 def keep_last(path):
-    """Write the weights of a last.pt beside it."""
+    """Write the weights of a last.pt beside it; not with --ema-decay, for they are not the ones to test."""
     checkpoint = load_checkpoint(path)
-    if all(load_checkpoint(best)["step"] != checkpoint["step"] for best in path.parent.glob("*best.pt")):
+    steps = {load_checkpoint(best)["step"] for best in path.parent.glob("*best.pt")}
+    if checkpoint["step"] not in steps and "average" not in checkpoint:
         kept = {name: checkpoint[name] for name in ("model", "sizes", "way", "step")}
         save_checkpoint(path.with_name("weights.pt"), kept)
 
@@ -44,8 +45,9 @@ def main():
     with program():
         for path in sorted(RESULTS.glob("omniglot/*/seed*/last.pt")):
             keep_last(path)
-        for path in sorted([*RESULTS.glob("*/*/seed*/*best.pt"), *RESULTS.glob("*/*/seed*/weights.pt")]):
-            halve(path)
+        for kind in ("omniglot/*/seed*/*best.pt", "omniglot/*/seed*/weights.pt", "mimgnet/*/seed*/best.pt"):
+            for path in sorted(RESULTS.glob(kind)):
+                halve(path)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ def restart(run, out, precision=None):
     if not config or not (run / "metrics.jsonl").exists():
         raise UserError(f"{run}: no run found, a folder with config.json and metrics.jsonl expected")
     history, args = read_lines(run / "metrics.jsonl"), config["args"]
+    if args.get("ema_decay"):
+        raise UserError(f"{run}: a run with --ema-decay found, one without expected")
     if not history:
         raise UserError(f"{run / 'metrics.jsonl'}: no validation found, at least one expected")
     step, seconds = history[-1]["step"], history[-1]["seconds"]

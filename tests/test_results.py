@@ -118,6 +118,10 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     fails(run("results", folder, "--out", again, script="restart.py"), "--out", again)
     fails(run("results", folder, "--out", folder, script="restart.py"), "--out", folder)
     fails(run("results", tmp_path, "--out", tmp_path / "other", script="restart.py"), "no run found")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"ema_decay": 0.0', '"ema_decay": 0.9'))
+    fails(run("results", folder, "--out", tmp_path / "other", script="restart.py"), folder, "--ema-decay")
+    (folder / "config.json").write_text(config)
     for path in folder.glob("*best.pt"):
         path.unlink()
     fails(run("results", folder, "--out", tmp_path / "other", script="restart.py"), folder, "step 3")
