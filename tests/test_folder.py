@@ -125,6 +125,8 @@ def test_a_class_on_another_ground(tmp_path):
 def test_what_is_refused(tmp_path):
     source, out = make(tmp_path / "in"), tmp_path / "out"
     fails(prepare(tmp_path / "nowhere", out), "--source", "nowhere")
+    colour = prepare(source, out, "--for", "simclr", "--ground", "light")
+    fails(colour, "--ground: light found, none expected with --for simclr")
     few = make(tmp_path / "few", classes=14)
     fails(prepare(few, out), "few: 14 class folders found, at least 15 expected")
     fails(prepare(tmp_path, out), "few: no picture found (class00, class01, class02)")

@@ -157,6 +157,9 @@ def main():
         args = parse_args()
         if not args.source.is_dir():
             raise SourceError(f"--source: {args.source} found, a folder of class folders expected")
+        if args.ground and args.experiment == "simclr":
+            found = f"--ground: {args.ground} found, none expected with --for simclr"
+            raise SourceError(f"{found}: colour pictures stay as they are")
         size, description = (28, "split.json") if args.experiment == "omniglot" else (84, "classes.json")
         facts = {"seed": args.seed, "rotations": [0], "rows": "class i is folder i"} if size == 28 else {}
         with folder_beside(args.out) as folder:
