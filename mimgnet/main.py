@@ -3,7 +3,7 @@
     python main.py --data-dir ../data/imgnet --save-dir runs/5way
 
 The published recipe is the default. `--save-dir` receives config.json, metrics.jsonl, last.pt, best.pt,
-test.json and tb_log/. README.md has the data, the features and the results.
+test.json and tb_log/. The repository's README.md has the rest.
 """
 
 import os
@@ -124,7 +124,7 @@ def learning_rate(step, args):
 
 
 def kl_weight(step, args):
-    """Return the KL term's weight; full weight from the start causes a long posterior collapse."""
+    """Return the KL term's weight; full weight from the start keeps the posterior collapsed for long."""
     if step >= args.kl_warmup_iters:
         return args.kl_weight
     return args.kl_weight * (0.02 + 0.98 * step / args.kl_warmup_iters)
@@ -143,7 +143,7 @@ def train_step(model, optimizer, x, step, args, generator):
 
 
 def update_average(average, model, step, args):
-    """Update the EMA of the weights and of batch norm's statistics.
+    """Update the EMA of the weights.
 
     The decay is min(--ema-decay, step / (9 + step)), so that the weights of the first steps fade soon.
     """

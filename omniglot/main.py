@@ -3,7 +3,7 @@
     python main.py @recipes/published-5way.txt --save-dir runs/5way
 
 The published recipe is the default. `--save-dir` receives config.json, metrics.jsonl, last.pt, 1shot_best.pt,
-5shot_best.pt, test.json and tb_log/. README.md has the data, our recipes and the results.
+5shot_best.pt, test.json and tb_log/. The repository's README.md has the rest.
 """
 
 import os
@@ -127,7 +127,7 @@ def learning_rate(step, args):
 
 
 def kl_weight(step, args):
-    """Return the KL term's weight; full weight from the start causes a long posterior collapse."""
+    """Return the KL term's weight; full weight from the start keeps the posterior collapsed for long."""
     if step >= args.kl_warmup_iters:
         return args.kl_weight
     return args.kl_weight * (0.02 + 0.98 * step / args.kl_warmup_iters)

@@ -55,8 +55,9 @@ def describe(name, seeds):
     seconds = [run["seconds"] for run in seeds]  # longer beside other work
     size, unit = (60, "min") if max(seconds) > 120 else (1, "s")
     took = " to ".join(map(str, sorted({round(min(seconds) / size), round(max(seconds) / size)})))
-    machines = dict.fromkeys(re.sub(r".* (CPU), ", r"\1, ", device(run)) for run in seeds)
-    return f"{link(name)}: {length} in {took} {unit}, {' or '.join(machines)}"
+    parts = [part for run in seeds for part in (run, *run.get("resumed", []))]
+    machines = " or ".join(dict.fromkeys(re.sub(r".* (CPU), ", r"\1, ", device(part)) for part in parts))
+    return f"{link(name)}: {length} in {took} {unit}, {re.sub(' threads? or CPU,', ' or', machines)}"
 
 
 def link(name):

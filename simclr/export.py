@@ -28,7 +28,7 @@ PREPARE = HERE.parent / "data/imgnet/prepare.py"
 
 @contextmanager
 def repeatable(encoder):
-    """Run an encoder so that it gives the same features on every machine, and again.
+    """Run an encoder so that it gives the same features again, and on another machine but for rounding.
 
     In evaluation mode and in float32, whatever the training's precision. cuDNN does not search for the
     fastest kernels: it might find others next time.

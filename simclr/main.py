@@ -62,7 +62,7 @@ def make_parser():
     add("--debug", action="store_true", help="try it: 2 epochs of 2 steps; features into --save-dir")
     add = p.add_argument_group("training").add_argument
     add("--init", type=user_path, help="encoder.pt to start from; not given: random weights")
-    add("--hidden-size", type=count, default=64, help="channels; the features are 4 times as wide")
+    add("--hidden-size", type=count, default=64, help="channels; features of 84 pixels are 4 times as wide")
     add("--loss", choices=["nt-xent", "prototypical"], default="nt-xent", help="on projections or features")
     add("--temperature", type=number(float, 1e-3), default=0.5, help="of the loss")
     add("--batch-size", type=several, default=512, help="images per step; each gives --views views")
