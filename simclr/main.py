@@ -130,7 +130,7 @@ def learning_rate(epoch, args):
     return args.lr if falling <= 0 else 0.5 * args.lr * (1 + math.cos(math.pi * falling))
 
 
-def train_step(network, optimizer, x, rate, temperature, criterion=nt_xent, views=2):
+def train_step(network, optimizer, x, rate, temperature, criterion, views):
     """Take a step of Adam on the loss of the views x (views * N, 3, size, size); return the loss.
 
     With several processes each one has a share of the images, but the loss compares all of them.

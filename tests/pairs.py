@@ -229,7 +229,7 @@ def simclr_step(flags, tiny, device, bf16):
     def our_step():
         views = data.training_views(on_device, draws, size, args.views, strength)
         return (
-            main.train_step(network, our_adam, views, args.lr, args.temperature, criterion)
+            main.train_step(network, our_adam, views, args.lr, args.temperature, criterion, args.views)
             .detach()
             .view(1)
         )

@@ -57,7 +57,7 @@ def test_a_simclr_step_never_waits_for_the_gpu():
     try:
         for _ in range(3):
             views = dataloader.training_views(images, generator)
-            loss = main.train_step(network, optimizer, views, 1e-3, 0.5)
+            loss = main.train_step(network, optimizer, views, 1e-3, 0.5, main.nt_xent, 2)
             torch.cuda.set_sync_debug_mode("error")
     finally:
         torch.cuda.set_sync_debug_mode("default")
