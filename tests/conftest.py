@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import pytest
-import torch
 
 from folders import ROOT, load  # noqa: F401
 
@@ -20,15 +19,15 @@ needs_shared_data = pytest.mark.skipif(
     not shared_data.is_dir(), reason="the real data sets are not at ../shared/data"
 )
 
-torch.set_num_threads(1)  # two test processes share the cores; threads beyond the cores mostly wait
+# Read when torch is imported: two test processes share the cores; threads beyond the cores mostly wait.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @functools.cache
 def starter():
     """The process that forks for `run`, in one thread, for threads do not survive a fork."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, Path(__file__).with_name("started.py")]
-    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(process.communicate)  # ends it
     return process
 
@@ -37,9 +36,9 @@ def run(folder, *args, script="main.py", timeout=400, env=None):
     """Run `python <script> <args>` in a folder as a user does: CompletedProcess, with stdout and stderr."""
     args = [*map(str, args)]
     if env or sys.platform != "linux":  # elsewhere a fork is not safe
-        command, env = [sys.executable, script, *args], {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         pipes = {"capture_output": True, "text": True, "timeout": timeout}
-        return subprocess.run(command, cwd=ROOT / folder, env=env, **pipes)
+        env = os.environ | (env or {})
+        return subprocess.run([sys.executable, script, *args], cwd=ROOT / folder, env=env, **pipes)
     with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as err:
         asked = {"folder": str(ROOT / folder), "script": script, "args": args}
         asked |= {"out": out.name, "err": err.name, "timeout": timeout}

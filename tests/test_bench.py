@@ -18,11 +18,8 @@ EAGER = [name for name in PAIRS if name not in COMPILED]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_and_stock_allocator():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def stock_allocator():
     yield
-    torch.set_num_threads(before)
     bench.use_allocator("plain")
 
 
@@ -164,7 +161,6 @@ def bench_main(monkeypatch, capfd, *flags):
     """bench.py in this process, which saves importing torch again: (exit status, stdout, stderr), those of
     its children included."""
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     status = 0
     try:
         bench.main()

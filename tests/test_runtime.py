@@ -92,15 +92,6 @@ def test_a_line_of_a_recipe(capsys):
     assert "runs/bob's: No closing quotation found" in capsys.readouterr().err
 
 
-def test_weights_of_another_network_are_refused(tmp_path):
-    model, path = load("omniglot", "model"), tmp_path / "some.pt"
-    network = model.GMVAE(4, 4)
-    weights = network.state_dict()
-    torch.save({"sizes": network.sizes, "model": {f"other.{name}": of for name, of in weights.items()}}, path)
-    with pytest.raises(machine.UserError, match="some.pt: not a checkpoint of this experiment"):
-        model.load_model(path)
-
-
 def test_a_folder_that_is_not_utf_8_is_refused(capsys):
     """TensorBoard's writer encodes its path."""
     with pytest.raises(SystemExit, match="2"):

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from torch import nn
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
+import plain
 from conftest import load
 
 data, main, model = (load("simclr", name) for name in ("dataloader", "main", "model"))
@@ -41,44 +41,18 @@ def test_published_defaults():
 # --- the model ------------------------------------------------------------------------------------
 
 
-def test_nt_xent_is_the_literal_definition():
-    n, t = 5, 0.5
-    z = torch.randn(2 * n, 7, generator=generator(), dtype=torch.float64)
-    cosine = lambda a, b: a @ b / (a.norm() * b.norm())  # noqa: E731
-    total = 0.0
-    for i in range(2 * n):
-        j = (i + n) % (2 * n)
-        others = sum((cosine(z[i], z[k]) / t).exp() for k in range(2 * n) if k != i)
-        total -= ((cosine(z[i], z[j]) / t).exp() / others).log()
-    assert model.nt_xent(z.float(), t).item() == pytest.approx(total.item() / (2 * n), rel=1e-5)
-
-
-def test_nt_xent_has_the_literal_gradient():
-    z = torch.randn(8, 3, generator=generator(), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: model.nt_xent(z, 0.3), z)
-
-
-def literal_prototypical(h, views, t):
-    """One prototype view and one query view at a time; the terms of one image are in different softmaxes."""
-    n = len(h) // views
-    terms = []
-    for v in range(views):  # of the prototypes
-        for u in set(range(views)) - {v}:  # of the queries
-            for i in range(n):
-                near = [(-(h[u * n + i] - h[v * n + j]).square().sum() / t).exp() for j in range(n)]
-                terms.append(-(near[i] / sum(near)).log())
-    return sum(terms) / len(terms)
-
-
-@pytest.mark.parametrize("views", [2, 4])
-def test_prototypical_is_the_literal_definition(views):
+@pytest.mark.parametrize("loss, views, temperature", [
+    ("nt_xent", 2, 0.5), ("prototypical", 2, 3.0), ("prototypical", 4, 3.0),
+])  # fmt: skip
+def test_a_loss_and_its_gradient_against_the_definition(loss, views, temperature):
     h = torch.randn(views * 5, 7, generator=generator(), dtype=torch.float64, requires_grad=True)
-    ours, expected = model.prototypical(h, views, 3.0), literal_prototypical(h, views, 3.0)
-    assert ours.item() == pytest.approx(expected.item(), rel=1e-9)
-    assert torch.allclose(*(torch.autograd.grad(loss, h)[0] for loss in (ours, expected)), rtol=1e-9)
-    assert torch.autograd.gradcheck(lambda h: model.prototypical(h, views, 3.0), h)
-    far = (h.detach() + 1000).float()  # float32 suffices where the distances are small beside the features
-    assert model.prototypical(far, views, 3.0).item() == pytest.approx(expected.item(), rel=1e-3)
+    how = {"temperature": temperature} | ({"views": views} if loss == "prototypical" else {})
+    ours, expected = getattr(model, loss)(h, **how), getattr(plain, loss)(h, **how)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(of, h) for of in (ours, expected)))
+    if loss == "prototypical":  # float32 suffices where the distances are small beside the features
+        far = model.prototypical((h.detach() + 1000).float(), **how)
+        assert far.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_views_of_an_image_are_no_rivals_of_each_other():
@@ -99,15 +73,6 @@ def test_parameter_counts():
         and count(model.projection_head()) == 98_688
     )
     assert model.projection_head()(encoder(torch.randn(2, 3, 84, 84))).shape == (2, 128)
-
-
-def test_encoder_is_conv_norm_relu_pool():
-    encoder = model.Encoder(6).double().train()
-    x = torch.randn(4, 3, 84, 84, generator=generator(), dtype=torch.float64)
-    h = x
-    for block in list(encoder.blocks)[:-1]:
-        h = nn.functional.max_pool2d(block.norm(block.conv(h)).relu(), 2)
-    assert torch.allclose(encoder(x), h.flatten(1).float(), atol=1e-6) and h.shape == (4, 6, 2, 2)
 
 
 def test_bf16_gives_float32_features_close_to_the_others():

@@ -30,7 +30,8 @@ FLAGS = [
     for folder in SIZES
     for flags in (
         "--lr 1e-3", "--lr-schedule cosine", "--weight-decay 0.1", "--kl-weight 0.1", "--kl-warmup-iters 9",
-        "--decode-samples 1", "--no-set-attention",
+        "--decode-samples 1", "--no-set-attention", "--fix-pi", "--em-start images",
+        "--unsupervised-em-iters 1", "--way 2", "--train-mc-sample-size 3",
     )
 ]  # fmt: skip
 FLAGS += [("omniglot", "--target canonical"), ("omniglot", "--warp affine")]
