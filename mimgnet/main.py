@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dataloader import check_alike, check_encoder, draw_sets, load_splits, read_description
 from evaluate import evaluate_split, summary, test
 from machine import BAR_SECONDS, HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path
+from mixture import READINGS
 from model import GMVAE, load_model
 from parallel import join, mean, part, rank, share, share_of_draws, stopping, wait, wrap, world
 from runtime import Log, describe_run, load_checkpoint, open_folder, restore, save_checkpoint
@@ -80,8 +81,7 @@ def make_parser():
     add("--eval-episodes", type=count, default=1000, help="episodes of a validation or test, for each shot")
     add("--test-mc-sample-size", type=count, default=256, help="Monte-Carlo samples per image")
     add("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on an episode")
-    readings = ["unit", "learned", "tied", "tied-full", "k-means"]
-    add("--e-step", choices=readings, default="unit", 
+    add("--e-step", choices=READINGS, default="unit",
         help="variance: 1 (published), per class, shared, shared covariance, 1 with hard assignments")
     add("--no-set-attention", action="store_true", help="encode every image alone: an ablation")
     add = p.add_argument_group("test").add_argument
@@ -202,7 +202,7 @@ def train(splits, device, bf16, config, stop, args):
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
-    highest = images.max().item()
+    highest = images.abs().max().item()
     hint = f"; features up to {highest:.4g} found, of a few units expected: divide them all by one number"
     folder = args.save_dir if first else None
     network = wrap(model)

@@ -9,7 +9,8 @@ import math
 
 import torch
 
-MIN_VAR = 1e-6  # a class whose samples coincide keeps a density
+READINGS = ("unit", "learned", "tied", "tied-full", "k-means")  # of the E-step of `adapt`
+MIN_VAR = 1e-6  # of `adapt`: a class whose samples coincide keeps a density
 MIN_WEIGHT = 1e-12  # a component that lost all its samples keeps a finite log pi
 PRIOR_IMAGES, PRIOR_SPREAD = 100, 10  # of "tied-full", for `shared_covariance`; chosen on Mini-ImageNet
 
@@ -72,7 +73,8 @@ def fit_prior(z, components, iters, fix_pi=False, generator=None, start="samples
 
 def log_prior(z, pi, mu):
     """Return log p_psi(z) = log sum_k pi_k N(z; mu_k, I), in nats; z (B, N, D) -> (B, N)."""
-    left_out = 0.5 * z.square().sum(-1) + 0.5 * z.shape[-1] * math.log(2 * math.pi)  # by `log_joint`
+    # What `log_joint` leaves out; with diagonal variances it would be the second term alone.
+    left_out = 0.5 * z.square().sum(-1) + 0.5 * z.shape[-1] * math.log(2 * math.pi)
     return log_joint(z, pi, mu).logsumexp(-2) - left_out
 
 
@@ -104,6 +106,7 @@ def adapt(support, query, iters, reading="unit", samples=1):
     (B, 1, D, D), or "k-means": unit variance, each sample assigned to its likeliest class. With iters=0 the
     result is the support means and variance 1, or the support's covariance.
     """
+    assert reading in READINGS, reading  # a new one would pass for "unit"
     B, K, n, D = support.shape
     pi = support.new_full((B, K), 1 / K)
     first, second = support.sum(2), support.square().sum(2)  # the support's share of every M-step

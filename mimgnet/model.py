@@ -50,6 +50,7 @@ class GMVAE(nn.Module):
     ):
         super().__init__()
         width = feature_size
+        # All that `load_model` passes to this constructor.
         self.sizes = {"feature_size": feature_size, "hidden_size": hidden_size, "latent_size": latent_size}
         self.sizes |= {"set_attention": set_attention, "signed": signed}
         self.bf16 = bf16

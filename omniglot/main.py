@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dataloader import SHOTS, draw_sets, load_splits
 from evaluate import evaluate_split, summary, test
 from machine import BAR_SECONDS, HERE, Parser, UserError, catch_stop, number, program, use_bf16, user_path
+from mixture import READINGS
 from model import GMVAE, load_model
 from parallel import join, mean, part, rank, share, share_of_draws, stopping, wait, wrap, world
 from pose import canonical, pose, warp
@@ -83,8 +84,7 @@ def make_parser():
     add("--eval-episodes", type=count, default=1000, help="episodes of a validation or test, for each shot")
     add("--test-mc-sample-size", type=count, default=32, help="Monte-Carlo samples per image")
     add("--semisupervised-em-iters", type=natural, default=10, help="EM iterations on an episode")
-    readings = ["unit", "learned", "tied", "tied-full", "k-means"]
-    add("--e-step", choices=readings, default="unit", 
+    add("--e-step", choices=READINGS, default="unit",
         help="variance: 1 (published), per class, shared, shared covariance, 1 with hard assignments")
     add("--no-set-attention", action="store_true", help="encode every image alone: an ablation")
     add = p.add_argument_group("test").add_argument
@@ -258,7 +258,8 @@ def weights_for(args):
     """Return {path: shots}: a checkpoint, or a folder's 1shot_best.pt for 1 shot, 5shot_best.pt for more."""
     place, weights = args.checkpoint or args.save_dir, {}
     for shot in args.test_shot:
-        path = place / f"{1 if shot == 1 else 5}shot_best.pt" if os.path.isdir(place) else place
+        best = f"{shot if shot in SHOTS else SHOTS[-1]}shot_best.pt"
+        path = place / best if os.path.isdir(place) else place
         weights.setdefault(path, []).append(shot)
     return weights
 

@@ -54,6 +54,7 @@ class ConvBlock(nn.Module):
     def forward(self, x):
         if not (self.training and x.device.type == "cpu"):
             return F.max_pool2d(self.norm(self.conv(x)), 2, ceil_mode=True).relu()
+        # The same function, faster in training on a CPU.
         odd = x.shape[3] % 2, x.shape[2] % 2
         if x.requires_grad or any(odd):  # zero padding is harmless: a ReLU follows
             return PoolReLU.apply(F.pad(self.norm(self.conv(x)), (0, odd[0], 0, odd[1])))
@@ -76,6 +77,7 @@ class GMVAE(nn.Module):
     def __init__(self, hidden_size=64, latent_size=64, set_attention=True, bf16=False):
         super().__init__()
         c, width = hidden_size, 4 * hidden_size
+        # All that `load_model` passes to this constructor.
         self.sizes = {"hidden_size": hidden_size, "latent_size": latent_size, "set_attention": set_attention}
         self.bf16 = bf16
         self.encoder = nn.Sequential(
@@ -142,10 +144,10 @@ class GMVAE(nn.Module):
         if decoded not in (None, samples):
             chosen = torch.rand(B, M, samples, device=x.device, generator=generator).topk(decoded).indices
             z = z.gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, z.shape[-1]))
-        logits = self.decode(z.flatten(0, 2)).view(B * M, z.shape[2], -1)
+        logits = self.decode(z.flatten(0, 2)).view(B * M, z.shape[2], -1)  # (B M, samples, pixels)
         # Binary cross-entropy on logits is softplus(l) - x l; the second term needs no copy of x for every
         # sample.
-        x = (x if target is None else target).view(B * M, -1)
+        x = (x if target is None else target).view(B * M, -1)  # (B M, pixels)
         bce = F.softplus(logits).sum() - (logits.sum(1) * x).sum()
         return bce / (B * M * z.shape[2]), kl
 
