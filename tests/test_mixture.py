@@ -175,3 +175,8 @@ def test_gradient_of_log_prior_with_an_empty_component():
     z = torch.randn(1, 6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
     mixture.log_prior(z, torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2, 2)).sum().backward()
     torch.testing.assert_close(z.grad, -z.detach())
+
+
+def test_an_unknown_reading_is_refused():
+    with pytest.raises(AssertionError, match="tied_full"):
+        mixture.adapt(torch.zeros(1, 2, 1, 3), torch.zeros(1, 4, 3), 1, "tied_full")
