@@ -202,7 +202,7 @@ def train(splits, device, bf16, config, stop, args):
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()
 
-    highest = images.abs().max().item()
+    highest = torch.linalg.vector_norm(images, torch.inf).item()  # of its absolute values
     hint = f"; features up to {highest:.4g} found, of a few units expected: divide them all by one number"
     folder = args.save_dir if first else None
     network = wrap(model)

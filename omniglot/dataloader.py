@@ -139,7 +139,7 @@ def load_splits(args):
 
 
 def as_float(images):
-    """Return images as float32 in [0, 1], for training; evaluation leaves that to the model's `encode`."""
+    """Return images as float32 in [0, 1], for training and figures; `model.encode` does it too."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 

@@ -201,6 +201,11 @@ def test_the_last_weights_are_kept_unless_they_are_the_best(tmp_path):
             torch.save({"model": {}, "sizes": {}, "way": 5, "step": step, "optimizer": {}}, folder / name)
         load("results", "halve").keep_last(folder / "last.pt")
         assert (folder / "weights.pt").exists() == kept
+    last = torch.load(tmp_path / "2/last.pt", weights_only=True) | {"average": {}}  # of --ema-decay
+    (tmp_path / "2/weights.pt").unlink()
+    torch.save(last, tmp_path / "2/last.pt")
+    load("results", "halve").keep_last(tmp_path / "2/last.pt")
+    assert not (tmp_path / "2/weights.pt").exists()
 
 
 def test_time_to_paper_fails_below_the_paper(monkeypatch):

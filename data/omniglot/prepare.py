@@ -1,6 +1,6 @@
 """Official Omniglot archives -> train.npy, val.npy, test.npy and split.json, as the experiment reads them.
 
-    python data/omniglot/prepare.py                 # downloads the two archives (16 MB)
+    python data/omniglot/prepare.py                 # downloads the two archives
     python data/omniglot/prepare.py --source DIR    # images_background.zip, images_evaluation.zip
 
 1,623 characters, shuffled by random.Random(47) and cut 1200/100/323; each character's four rotations are four
