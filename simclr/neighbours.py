@@ -2,7 +2,7 @@
 
 import torch
 
-from dataloader import SIZE
+from dataloader import SIZE, send
 from export import encode_all, with_directions
 
 REFRESH_EPOCHS = 4  # epochs for which the neighbours found are used
@@ -37,6 +37,6 @@ def mutual(h, count):
 def draw_partners(rows, neighbours, generator):
     """Draw one of the neighbours of each image, or the image itself if it has none: (n,) -> (n,)."""
     near = neighbours[rows]
-    draw = torch.rand(near.shape, generator=generator).to(near.device).masked_fill(near < 0, -1)
+    draw = send(torch.rand(near.shape, generator=generator), near.device).masked_fill(near < 0, -1)
     partner = near.gather(1, draw.argmax(1, keepdim=True)).squeeze(1)
     return torch.where(partner < 0, rows, partner)
