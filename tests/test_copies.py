@@ -40,6 +40,14 @@ def test_what_both_models_share_is_the_same_text(name):
     assert texts[0] == texts[1] and len(texts[0].splitlines()) > 5
 
 
+def test_both_training_loops_are_the_same_text():
+    texts = [(ROOT / folder / "main.py").read_text() for folder in EXPERIMENTS]
+    before, loop = ("    optimizer = ", '"], time.monotonic()'), ("    log_every = ", "\n\ndef weights_for")
+    for start, end in (before, loop):
+        one, other = (text[text.index(start) : text.index(end)] for text in texts)
+        assert one == other and len(one.splitlines()) > 15
+
+
 def test_files_stay_short_and_narrow():
     files = subprocess.run(
         ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True

@@ -190,6 +190,17 @@ def test_drawings_that_do_not_lie_class_by_class(glyphs_dir, capsys):
     assert "val.npy: images of a class are no more alike than others" in capsys.readouterr().out
 
 
+def test_a_run_names_the_split_whose_drawings_do_not(glyphs_dir, tmp_path, capsys):
+    for name in ("train", "val", "test"):
+        glyphs = np.load(glyphs_dir / f"{name}.npy")
+        order = np.random.default_rng(0).permutation(500) if name == "val" else np.arange(20 * len(glyphs))
+        np.save(tmp_path / f"{name}.npy", glyphs.reshape(-1, 28, 28, 1)[order].reshape(glyphs.shape))
+    data.load_splits(load("omniglot", "main").parse_args(["--data-dir", str(tmp_path)]))
+    said = capsys.readouterr().out
+    assert said.count("do they lie class by class") == 1 and said.startswith(f"{tmp_path}/val.npy: ")
+
+
+
 @pytest.mark.parametrize(
     "value, word",
     [(1.5, "1.5"), (255.0, "255"), (-0.25, "-0.25"), (np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")],

@@ -47,6 +47,22 @@ def test_loss_terms_and_gradients(iters, fix_pi):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("reading", ["unit", "tied"])
+def test_predict_from_features(reading):
+    torch.manual_seed(0)
+    network, oracle = model.GMVAE(32, 24, 6).eval(), plain.FeatureGMVAE(32, 24, 6)
+    oracle.load_state_dict(network.state_dict())
+    support, query = clusters(1, 4, 2), clusters(1, 4, 3).flatten(0, 1)
+    found = network.predict(support, query, samples=5, reading=reading, seed=7)
+    noise = torch.randn(20, 5, 6, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        mean, log_var = oracle.posterior(torch.cat([support.flatten(0, 1), query])[None])
+        z = (mean.unsqueeze(-2) + (0.5 * log_var).exp().unsqueeze(-2) * noise)[0]
+        expected = plain.classify(z[:8].view(4, 10, 6), z[8:], 10, reading)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert found.std() > 0.01
+
+
 def test_a_part_of_the_samples_is_decoded_to_a_mean_too():
     torch.manual_seed(0)
     network, x = model.GMVAE(32, 24, 6), clusters(0, 3, 5)

@@ -168,6 +168,24 @@ def test_features_below_zero_where_those_of_training_are_not(data, tmp_path, ref
     np.save(path, np.load(path) - 0.5)
     said = "test_features.npy: features down to -0.5 found, none below zero expected as in train_features.npy"
     refused("--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY, words=[said])
+    network = model.GMVAE(32, 16, 4)
+    torch.save({"model": network.state_dict(), "sizes": network.sizes}, tmp_path / "some.pt")
+    flags = "--data-dir", tmp_path, "--save-dir", tmp_path / "run", *TINY, "--eval-only", "--checkpoint"
+    refused(*flags, tmp_path / "some.pt", words=[said.replace("train_features.npy", ""), "some.pt"])
+
+
+def test_labels_of_val_and_test_are_enough(data, tmp_path, refused):
+    folder, flags = shutil.copytree(data, tmp_path / "features"), TINY[2:]
+    for split, classes in (("val", 6), ("test", 22)):
+        said = f"--images-per-class: neither features.json nor {split}_labels.npy found in {folder}"
+        refused("--data-dir", folder, "--save-dir", tmp_path / "run", *flags, words=[said])
+        np.save(folder / f"{split}_labels.npy", np.repeat(np.arange(classes), 20))
+    found = dataloader.load_splits(main.parse_args(["--data-dir", str(folder), *flags]), {})
+    shapes = {"train": (240, 1, 32), "val": (6, 20, 32), "test": (22, 20, 32)}
+    assert {name: x.shape for name, x in found.items()} == shapes
+    said = "20 images a class found in val_labels.npy, 10 expected as --images-per-class"
+    flags = "--data-dir", folder, "--save-dir", tmp_path / "run", *TINY, "--images-per-class", 10
+    refused(*flags, words=[said])
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "cut", "npz", "no header"])

@@ -166,12 +166,13 @@ def test_decoding_all_samples_is_the_same_to_the_bit(network):
     assert all(a.equal(b) for a, b in zip(first, second))
 
 
-def test_predict_is_what_the_evaluation_does(network):
+@pytest.mark.parametrize("reading", ["unit", "tied"])
+def test_predict_from_images(network, reading):
     """A user's call from images against the equations, on the same noise; em_iters=0 looks at support means
     alone."""
     network, g = network.eval(), torch.Generator().manual_seed(3)
     support, query = torch.rand(4, 2, 28, 28, 1, generator=g), torch.rand(9, 28, 28, 1, generator=g)
-    found = network.predict(support, query, samples=5, em_iters=10, seed=7)
+    found = network.predict(support, query, samples=5, em_iters=10, reading=reading, seed=7)
     assert found.shape == (9, 4)
     noise = torch.randn(17, 5, 6, generator=torch.Generator().manual_seed(7))
     oracle = plain.ImageGMVAE(hidden_size=8, latent_size=6).eval()
@@ -179,7 +180,7 @@ def test_predict_is_what_the_evaluation_does(network):
     with torch.no_grad():
         mean, log_var = oracle.posterior(torch.cat([support.flatten(0, 1), query])[None])
         z = (mean.unsqueeze(-2) + (0.5 * log_var).exp().unsqueeze(-2) * noise)[0]
-        expected = plain.classify(z[:8].view(4, 10, 6), z[8:], 10, "unit")
+        expected = plain.classify(z[:8].view(4, 10, 6), z[8:], 10, reading)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert not torch.allclose(found, network.predict(support, query, samples=5, em_iters=0, seed=7))
     support = (255 * support).byte()  # bytes beside floats

@@ -37,17 +37,17 @@ def test_recipes(recipe, length, monkeypatch):
         assert vars(args) == default | changed
 
 
-def test_views():
+@pytest.mark.parametrize("how", ["affine", "elastic"])
+def test_views(how):
     """The target is the drawing itself, or the drawing (not its warped view) without its pose."""
     pose, x = load("omniglot", "pose"), torch.rand(2, 3, 28, 28, 1)
     draws = [torch.Generator().manual_seed(0) for _ in range(3)]
     seen, target = main.views(x, draws[0], main.parse_args([]))
     assert seen is x and target is x
-    seen, target = main.views(
-        x, draws[1], main.parse_args("--target canonical --target-shape 0 --warp affine".split())
-    )
+    args = main.parse_args(f"--target canonical --target-shape 0 --warp {how}".split())
+    seen, target = main.views(x, draws[1], args)
     flat = x.flatten(0, 1)
-    assert seen.flatten(0, 1).equal(pose.warp(flat, "affine", draws[2]))
+    assert seen.flatten(0, 1).equal(pose.warp(flat, how, draws[2]))
     assert target.flatten(0, 1).equal(pose.canonical(flat, pose.pose(flat, 0)))
 
 

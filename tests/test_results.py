@@ -103,9 +103,16 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     assert run("omniglot", "--save-dir", folder, *flags, 3).returncode == 0
     shutil.rmtree(folder / "tb_log")
     (folder / "last.pt").unlink()
+    shipped, older = (torch.load(folder / f"{shot}shot_best.pt", weights_only=True) for shot in (5, 1))
+    older["model"] = {name: value * 2 for name, value in older["model"].items()}
+    torch.save(older | {"step": 2}, folder / "1shot_best.pt")
     assert run("results", folder, "--out", again, script="restart.py").returncode == 0
-    draws = torch.load(again / "last.pt", weights_only=True)["generator"]
-    assert not draws.equal(torch.Generator().manual_seed(2**31).get_state())  # not the first sets again
+    last, validated = torch.load(again / "last.pt", weights_only=True), folder / "metrics.jsonl"
+    assert not last["generator"].equal(torch.Generator().manual_seed(2**31).get_state())  # nor the same sets
+    assert all(last["model"][name].equal(value) for name, value in shipped["model"].items())
+    (group,) = last["optimizer"]["param_groups"]
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 1e-6)
+    assert last["seconds"] == json.loads(validated.read_text())["seconds"]
     assert run("omniglot", "--save-dir", again, "--resume", *flags, 6).returncode == 0
     before, after = ((place / "metrics.jsonl").read_text().splitlines() for place in (folder, again))
     assert after[:1] == before and json.loads(after[1])["step"] == 6
@@ -233,6 +240,25 @@ def test_halved_weights(tmp_path):
         halve.halve(path)
 
 
+@pytest.mark.parametrize(
+    "made, recipes",
+    {
+        "omniglot/canonical": ["canonical"], "omniglot/quick": ["quick"],
+        "omniglot/published-5way": ["published-5way"], "omniglot/published-20way": ["published-20way"],
+        "mimgnet/tied-full": ["prototypical"], "mimgnet/neighbours": ["prototypical"],
+        "simclr/prototypical-lda": ["prototypical"], "simclr/neighbours": ["prototypical", "neighbours"],
+    }.items(),
+)  # fmt: skip
+def test_a_run_has_the_flags_of_its_recipe(made, recipes):
+    folder = made.split("/")[0]
+    parse, args = load(folder, "main").parse_args, read_json(RESULTS / made / "seed0/config.json")["args"]
+    default = vars(parse([]))
+    given = vars(parse([f"@{ROOT / folder / 'recipes' / name}.txt" for name in recipes]))
+    changed = {name for name in given if given[name] != default[name]} - {"precision"}
+    assert {name: args[name] for name in changed} == {name: given[name] for name in changed}
+    assert changed or recipes == ["published-5way"]
+
+
 def assert_same_test(folder, out):
     """Hold the same cells from the same episodes together: only rounding may differ."""
     said, again = (read_json(place / "test.json") for place in (folder, out))
@@ -244,9 +270,9 @@ def assert_same_test(folder, out):
 @needs_shared_data
 @pytest.mark.parametrize("folder", KEPT, ids=name_of)
 def test_its_checkpoints_score_what_it_says(folder, omniglot_dir, tmp_path):
-    shots = [1, 5] if folder.parent.name == "5way-long" else [1]  # twenty ways take a minute for each
-    flags = ["--eval-only", "--checkpoint", folder, "--test-shot", *shots]
-    flags += ["--e-step", load("omniglot", "runtime").read_config(folder)["args"]["e_step"]]
+    args = read_json(folder / "config.json")["args"]
+    shots = [1, 5] if args["way"] == 5 else [1]  # twenty ways take a minute for each
+    flags = ["--eval-only", "--checkpoint", folder, "--test-shot", *shots, "--e-step", args["e_step"]]
     result = run("omniglot", "--data-dir", omniglot_dir, "--save-dir", tmp_path / "eval", *flags, timeout=300)
     assert result.returncode == 0, result.stderr
     assert_same_test(folder, tmp_path / "eval")

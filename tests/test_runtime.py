@@ -71,6 +71,17 @@ def test_a_moving_average_is_what_last_pt_stands_for(tmp_path):
         state.pop("average", None)
 
 
+def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "exploded"), "w")
+
+    torch.save({"model": Bomb()}, tmp_path / "last.pt")
+    with pytest.raises(runtime.UserError, match="last.pt: not a readable checkpoint"):
+        runtime.load_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
 def test_a_run_differs_in_one_line():
     before = {"args": {"lr": 1, "way": 5, "seed": 0}, "precision": "fp32", "data": {"train": 1, "test": 2}}
     after = {
@@ -170,6 +181,14 @@ def test_a_log_counts_its_steps():
     for value in (1.0, 2.0, 3.0):
         log.add(torch.tensor(value))
     assert log.flush(10) == {"a": 3.0} and drawn == [("train/a", 1, 8), ("train/a", 2, 9), ("train/a", 3, 10)]
+
+
+def test_a_weight_that_is_not_finite():
+    """Where a ReLU has made the NaN 0, the loss does not show it."""
+    log = runtime.Log(None, ("a",), [torch.tensor(torch.nan)], 0)
+    log.add(torch.tensor(2.0))
+    with pytest.raises(runtime.UserError, match="step 1: a weight is not finite"):
+        log.flush(1)
 
 
 def test_curves_that_cannot_be_written_end_no_run(tmp_path, monkeypatch):

@@ -135,14 +135,15 @@ def test_export_only_repeats_the_features(whole_run, tmp_path):
     sums = {split: zlib.crc32(array) for split, array in read_features(features).items()}
     assert said.pop("encoder_crc32") > 0 and said.pop("crc32") == sums and said == TINY_FEATURES
     copy = shutil.copytree(folder, tmp_path / "whole")  # whose encoder.pt becomes the best one
+    best = torch.load(copy / "best.pt", weights_only=True)
+    best["model"]["blocks.4.norm.bias"] += 1  # the best one may be the last one
+    torch.save(best, copy / "best.pt")
     result = run(
         "simclr", *flags, "--export-only", "--export", "best", "--save-dir", copy, "--feature-save-dir",
         tmp_path / "best",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    best, final = (torch.load(folder / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
-    same = all(best[key].equal(final[key]) for key in best)
-    assert (read_features(tmp_path / "best")["test"] == read_features(features)["test"]).all() == same
+    assert (read_features(tmp_path / "best")["test"] != read_features(features)["test"]).any()
 
 
 def test_no_features_json_lies_beside_files_of_two_encoders(whole_run, tmp_path, monkeypatch):

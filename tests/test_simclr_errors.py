@@ -80,6 +80,7 @@ def test_wrong_data(capsys, monkeypatch, data_dir, tmp_path):
         ("val", np.zeros_like(arrays["val"]), ["val.npy: values from 0 to 0 found, pictures of 0 to 255"]),
         ("train", arrays["train"] // 16, ["train.npy: values from 0 to 15 found"]),
         ("test", np.array([{"a": 1}]), ["test.npy: not a readable .npy array"]),
+        ("val", arrays["train"][:18], ["18 images of train found in val too"]),
         ("train_labels", None, ["train_labels.npy: not found"]),
         ("train_labels", labels[:-1], ["train_labels.npy: int64 of shape (23,)", "24 images"]),
         ("train_labels", labels + 0.5, ["train_labels.npy: float64"]),
