@@ -124,7 +124,7 @@ def learning_rate(step, args):
 
 
 def kl_weight(step, args):
-    """Return the KL term's weight; full weight from the start keeps the posterior collapsed for long."""
+    """Return the KL term's weight; full weight from the start nearly collapses the posterior at first."""
     if step >= args.kl_warmup_iters:
         return args.kl_weight
     return args.kl_weight * (0.02 + 0.98 * step / args.kl_warmup_iters)

@@ -82,9 +82,10 @@ def shared_covariance(moment, weight, mu, samples):
     """Estimate one covariance of all classes: (B, 1, D, D).
 
     moment (B, D, D) is the sum of zz' over all samples, weight (B, K, 1) the samples of each class, mu (B, K,
-    D) their means. The estimate has an inverse Wishart prior (as in Fraley and Raftery, J. of Classification
-    2007), as if PRIOR_IMAGES more images of `samples` samples had PRIOR_SPREAD times the variance of all
-    samples, in every direction: an episode's few images alone would give too small variances.
+    D) their means. The estimate is a posterior mean; its inverse Wishart prior (in the form of Fraley and
+    Raftery, J. of Classification 2007, who take the mode) is as if PRIOR_IMAGES more images of `samples`
+    samples had PRIOR_SPREAD times the mean variance of all samples, in every direction: an episode's few
+    images alone would give too small variances.
     """
     count, prior = weight.sum(1, keepdim=True), PRIOR_IMAGES * samples
     centre = (weight * mu).sum(1, keepdim=True) / count

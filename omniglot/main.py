@@ -62,7 +62,7 @@ def make_parser():
     add("--decode-samples", type=count, help="samples per image to decode, drawn each step; not given: all")
     targets, warps, starts = ["drawing", "canonical"], ["none", "affine", "elastic"], ["samples", "images"]
     add("--target", choices=targets, default="drawing", help="canonical: decode the drawing without its pose")
-    add("--target-shape", type=rate, default=0.25, help="power of the covariance that canonical removes")
+    add("--target-shape", type=rate, default=0.25, help="0.25: canonical removes half of the shape, 0.5: all")
     add("--warp", choices=warps, default="none", help="random warp of encoder input; elastic: also affine")
     add("--unsupervised-em-iters", type=natural, default=10, help="EM iterations on each set")
     add("--em-start", choices=starts, default="samples", help="random samples, or samples of distinct images")
@@ -127,7 +127,7 @@ def learning_rate(step, args):
 
 
 def kl_weight(step, args):
-    """Return the KL term's weight; full weight from the start keeps the posterior collapsed for long."""
+    """Return the KL term's weight; full weight from the start nearly collapses the posterior at first."""
     if step >= args.kl_warmup_iters:
         return args.kl_weight
     return args.kl_weight * (0.02 + 0.98 * step / args.kl_warmup_iters)

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 def pose(x, shape=0.25):
     """Measure the pose of each image by the moments of its ink (ours, not the paper's; see the README).
 
-    x (..., H, W, 1) in [0, 1], ink 1 -> centre c (..., 2) in [-1, 1], matrix M = r W (..., 2, 2), symmetric.
-    Size r: the root of the trace of the covariance C, clamped to [0.15, 1], divided by 0.55.
-    Shape W = (C / mean eigenvalue)^shape: with 0 the identity (position and size only); 0.25 takes out half
+    x (..., H, W, 1) in [0, 1], ink 1 -> centre c (..., 2) in [-1, 1], matrix M = r P (..., 2, 2), symmetric.
+    C: the covariance of the ink plus 0.002 I. Size r: the root of its trace, clamped to [0.15, 1], over 0.55.
+    Shape P = (C / mean eigenvalue)^shape: with 0 the identity (position and size only); 0.25 takes out half
     of the slant and aspect, 0.5 all of it.
     An empty image has centre 0 and the smallest size.
     """

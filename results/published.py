@@ -71,7 +71,7 @@ def recipe(experiment, run):
     if experiment == "mimgnet" and encoder(features):
         made_by = encoder(features)
         name = f"{name}; {made_by}" if name.startswith("ours") else f"{made_by}, else {name}"
-    elif experiment == "mimgnet" and epochs != EPOCHS:
+    if experiment == "mimgnet" and features.get("loss") != "prototypical" and epochs != EPOCHS:
         name += f", {epochs} of {EPOCHS} SimCLR epochs"
     return name
 
