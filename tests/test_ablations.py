@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import torch
 
@@ -54,6 +55,17 @@ def test_an_ablation_tests_one_run_and_trains_what_is_not_finished(tmp_path, mon
     ends += [(f"--seed {n} --decode-samples 1", f"decoded/one/seed{n}") for n in range(3)]
     for call, (flags, folder) in zip(calls, ends, strict=True):
         assert " ".join(call[2:]).endswith(f"{flags} --save-dir ../results/ablations/{folder} --resume")
+
+
+def test_an_ablation_by_code_runs_it_on_the_data_given(tmp_path, monkeypatch):
+    ran, done = [], subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(ablations, "OUT", tmp_path)
+    monkeypatch.setattr(ablations.subprocess, "run", lambda command, cwd: ran.append((command, cwd)) or done)
+    ablations.train_seeds("ours", ["input-canonical", "kl-weight-1"], ROOT / "data/mine")
+    programs = [["-c", ablations.CODE["input-canonical"]]] * 3 + [["main.py"]] * 3
+    for (command, cwd), program in zip(ran, programs, strict=True):
+        given = command[1 : len(program) + 3]
+        assert cwd == ROOT / "omniglot" and given == [*program, "--data-dir", "../data/mine"]
 
 
 def test_the_ablations_that_no_flag_does_change_what_they_say(glyphs_dir):

@@ -52,6 +52,15 @@ def test_a_step_leaves_both_versions_with_the_same_weights(name):
     assert difference(ours, other) < 1e-3 < difference(first, other)
 
 
+def test_seconds_are_those_of_a_call_and_a_rate_is_the_best(monkeypatch):
+    ticks = iter([10.0, 16.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    assert bench.seconds(lambda: None, CPU, 3) == 2
+    taken = iter(range(1, 9))
+    monkeypatch.setattr(bench, "seconds", lambda *_: next(taken))
+    assert bench.matmul_rate("fp32", CPU, 4) == 2 * 4**3
+
+
 def test_the_plain_version_is_not_tidied_up_after():
     """Its heap is larger: given back at every step, it would make the plain version slower."""
     hooks = bench._global_optimizer_post_hooks

@@ -54,6 +54,31 @@ def test_a_model_of_canonical_drawings(checkpoint, glyphs_dir, tmp_path):
     assert widths[1] > 1.8 * widths[0]  # four panels, not two
 
 
+def test_the_flags_and_the_e_step_of_the_run_reach_the_figures(checkpoint, glyphs_dir, tmp_path, monkeypatch):
+    weights, seen, fit = shutil.copy(checkpoint, tmp_path), [], figures.fit_episode
+    config = {"args": {"e_step": "tied"}, "precision": "fp32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(figures, "fit_episode", lambda *how: seen.append((how[3], fit(*how))) or seen[-1][1])
+    for episode in "01":
+        argv = ["", "--checkpoint", weights, "--data-dir", str(glyphs_dir), "--episode", episode]
+        monkeypatch.setattr("sys.argv", argv)
+        figures.main()
+    (reading, (first, *_)), (_, (other, *_)) = seen
+    assert reading == "tied" and not first.equal(other)
+
+
+def test_components_are_drawn_from_their_variances(tmp_path):
+    decoded, var = [], 4 * torch.ones(3, 8)
+
+    class Network:
+        def decode(self, z):
+            decoded.append(z)
+            return torch.zeros(len(z), 28, 28, 1)
+
+    figures.components(Network(), torch.zeros(3, 17, 28, 28), torch.zeros(3, 8), var, tmp_path / "a.png")
+    assert decoded[0].std().item() == pytest.approx(2, rel=0.15)
+
+
 def test_errors(checkpoint, glyphs_dir, tmp_path):
     fails(
         run("omniglot", "--checkpoint", tmp_path / "none.pt", "--data-dir", glyphs_dir, script="figures.py"),

@@ -70,6 +70,9 @@ LAYOUTS = {
         pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True),
         pack(source, "b.zip", lambda path: path.name),
     ),
+    "loose files beside a zip of others": lambda source: pack(
+        source, "a.zip", lambda path: f"images/{path.name}", True, jpeg(99)
+    ),
     "masks in the zip": lambda source: (
         pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True), pack(source, "a.zip",
         lambda path: f"mask_images/{path.name}", content=b"mask"),
@@ -167,6 +170,9 @@ def test_arrays_stay_while_their_source_is_the_same(source, right, tmp_path):
     assert again("again").returncode == again("fail").returncode == 0 and when() == before
     (tmp_path / "out/test_labels.npy").unlink()
     assert again("again").returncode == 0 and when().keys() == before.keys()
+    (source / "images/train0_3.jpg").unlink()
+    for how in ("again", "fail"):
+        fails(again(how), "train.csv: 1 of 24 images missing")
 
 
 def test_arrays_are_the_same_however_many_wait_to_be_written(source, right, tmp_path):

@@ -182,6 +182,8 @@ def test_a_folder_with_another_run_is_kept(data, finished, tmp_path, refused):
     start = ["--data-dir", data, "--save-dir", folder, *TINY]
     refused(*start, words=[folder, "--resume"])
     refused(*start, "--resume", "--lr", 0.5, words=["--lr: 0.5 found, 0.001 expected"])
+    longer = "--train-iters", 500  # of a cosine
+    refused(*start, "--resume", *longer, words=["--train-iters: 500 found, 400 expected"])
     refused(*start, "--eval-only", "--checkpoint", finished / "best.pt", words=["holds a training run"])
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     other = tmp_path / "wider"

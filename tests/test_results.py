@@ -33,6 +33,29 @@ def test_tables_agree_with_results():
     assert result.returncode == 0, result.stderr
 
 
+def test_an_old_table_is_said_and_not_written(monkeypatch):
+    table, written = load("results", "table"), []
+    monkeypatch.setattr(table, "filled", lambda text, tables: text + "x")
+    monkeypatch.setattr(table, "save", lambda path, _: written.append(path))
+    monkeypatch.setattr("sys.argv", ["table.py", "--check"])
+    with pytest.raises(SystemExit, match="results/bench/README.md: the result table disagrees"):
+        table.main()
+    assert not written
+
+
+def test_the_curves_are_those_of_the_runs(monkeypatch):
+    curves, kept = load("results", "curves"), []
+    monkeypatch.setattr(curves, "save_figure", lambda path, figure: kept.append(figure))
+    monkeypatch.setattr("sys.argv", ["curves.py"])
+    curves.main()
+    for way, axes in ((5, kept[0].axes[:4]), (20, kept[0].axes[4:])):
+        text = (RESULTS / f"omniglot/published-{way}way/seed0/metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        drawn = [list(ax.lines[0].get_ydata()) for ax in axes]
+        found = [[line[f"{way}way{shot}shot"]["accuracy"] for line in lines] for shot in (1, 5)]
+        assert drawn == [*found, *([line[term] for line in lines] for term in ("reconstruction", "kl"))]
+
+
 @pytest.mark.parametrize("script", ["table.py", "curves.py", "halve.py"])
 def test_a_script_without_flags_does_nothing_for_one(script):
     fails(run("results", "--nonsense", script=script), f"{script}: error: unrecognized arguments: --nonsense")
@@ -173,10 +196,34 @@ def test_baselines_of_an_encoder_need_its_features(tmp_path):
     found = load("results", "baselines").load_features(tmp_path, name)
     expected = (arrays["test"] - arrays["train"].mean(0)) / arrays["train"].std(0, ddof=1)
     np.testing.assert_allclose(found, expected.reshape(2, 600, 4), rtol=1e-5, atol=1e-5)
+    what.write_text(json.dumps(read_json(what) | {"lda": 4}))  # coordinates keep their scales
+    found = load("results", "baselines").load_features(tmp_path, name)
+    assert np.array_equal(found, arrays["test"].reshape(2, 600, 4))
     kept = "simclr/neighbours/seed0"
     what.write_text(json.dumps(read_json(RESULTS / kept / "config.json")["args"]))
     fails(run("results", kept, "--data-dir", tmp_path, script="baselines.py"), "encoder_crc32 None found")
     fails(run("results", "omniglot/canonical/seed0", script="baselines.py"), "RUN")
+
+
+def test_each_baseline_is_the_classifier_that_it_names(glyphs_dir, tmp_path, monkeypatch):
+    baselines, used = load("results", "baselines"), []
+    (tmp_path / "omniglot").mkdir()
+    monkeypatch.setattr(baselines, "RESULTS", tmp_path)
+    monkeypatch.setattr(baselines, "CELLS", {"omniglot": ([5], [1])})
+    monkeypatch.setattr(baselines, "EPISODES", 20)
+    monkeypatch.setattr("sys.argv", ["baselines.py", "omniglot", "--data-dir", str(glyphs_dir)])
+    baselines.main()
+    said = read_json(tmp_path / "omniglot/baselines.json")
+    x = load("omniglot", "dataloader").as_float(torch.from_numpy(np.load(glyphs_dir / "test.npy"))).flatten(2)
+    episodes = baselines.draw_episodes(x, 5, 1, 15, 20, baselines.TEST_SEED)
+    expected = load("simclr", "fewshot").nearest_mean(x.flatten(0, 1), episodes, 1).mean().item()
+    found = {name: cells["5way1shot"]["accuracy"] for name, cells in said.items()}
+    assert found["nearest mean on the drawings"] == pytest.approx(expected)
+    assert len(found) == len(set(found.values())) == 4
+    monkeypatch.setattr(baselines, "classify", lambda *how: used.append(how[2:]) or torch.zeros(20, 75, 5))
+    for how in baselines.CLASSIFIERS.values():
+        baselines.accuracies(x, 5, 1, *how)
+    assert used == [(0, "unit"), (10, "unit"), (10, "tied-full")]
 
 
 @needs_shared_data
@@ -194,6 +241,7 @@ def test_a_run_says_how_it_was_made(folder):
     assert config["command"].startswith("python main.py") and config["device"] and config["versions"]["torch"]
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == config["args"]["train_iters"]
+    assert config["args"]["seed"] == int(folder.name.removeprefix("seed"))
     for checkpoint in folder.glob("*best.pt"):
         kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
         numbers = sum(value.numel() for value in kept["model"].values())
@@ -226,15 +274,36 @@ def test_time_to_paper_fails_below_the_paper(monkeypatch):
         assert end.value.code == (more < 0)
 
 
+def test_time_to_paper_trains_three_seeds_of_the_quick_recipe(tmp_path, monkeypatch):
+    program, calls = load("results", "time_to_paper"), []
+
+    def main_py(experiment, data_dir, *flags):
+        calls.append((experiment, data_dir, *flags[:2], *flags[3:]))
+        (folder := tmp_path / f"seed{flags[-1]}").mkdir()
+        (folder / "metrics.jsonl").write_text('{"seconds": 1.0}\n')
+        low = 10 * (flags[-1] == 2)  # the last seed is below the paper
+        cells = {cell: {"accuracy": accuracy + 1 - low} for cell, accuracy in program.PAPER.items()}
+        (folder / "test.json").write_text(json.dumps(cells))
+
+    monkeypatch.setattr(program, "main_py", main_py)
+    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path), "--data-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    how = "omniglot", tmp_path, "@recipes/quick.txt", "--save-dir", "--seed"
+    assert end.value.code == 1 and calls == [(*how, seed) for seed in range(3)]
+
+
 def test_halved_weights(tmp_path):
     halve, path = load("results", "halve"), tmp_path / "best.pt"
     weights = {"weight": torch.tensor([1.0, 1e-3, 60000.0]), "count": torch.tensor(70000)}
+    weights["norm.running_var"] = torch.tensor([1.0001])
     torch.save({"model": weights, "step": 3}, path)
     for _ in range(2):
         halve.halve(path)
         found = torch.load(path, weights_only=True)
         assert found["step"] == 3 and found["model"]["count"].equal(weights["count"])
         assert found["model"]["weight"].equal(weights["weight"].half())
+        assert found["model"]["norm.running_var"].equal(weights["norm.running_var"])
     torch.save({"model": {"weight": torch.tensor([70000.0])}}, path)
     with pytest.raises(halve.UserError, match="best.pt: weights beyond float16"):
         halve.halve(path)

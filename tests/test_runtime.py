@@ -60,6 +60,12 @@ def test_only_what_a_user_can_put_right_is_said_in_one_line(capfd):
             raise error
 
 
+def test_float32_is_not_rounded_on_a_gpu():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    with machine.program():
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_a_moving_average_is_what_last_pt_stands_for(tmp_path):
     model = load("omniglot", "model")
     network, average = (model.GMVAE(4, 4) for _ in range(2))

@@ -243,6 +243,8 @@ def test_a_prototypical_run_resumes_as_if_never_interrupted(data_dir, tmp_path):
     assert "Traceback" not in result.stderr
     assert torch.load(tmp_path / "s/last.pt", weights_only=True)["step"] == 2  # makes views twice a step
     fails(run("simclr", *flags, "--resume", "--views", 2), "--views: 2 found, 4 expected")
+    longer = run("simclr", *flags, "--resume", "--train-epochs", 4)  # its rate falls from the first epoch on
+    fails(longer, "--train-epochs: 4 found, 3 expected")
     assert run("simclr", *flags, "--resume").returncode == 0
     assert_same_run(whole, features, tmp_path / "s", tmp_path / "f")
 

@@ -160,8 +160,10 @@ def test_an_interval():
     expected = {"accuracy": 50.0, "ci95": pytest.approx(1.96 * 50 / 2), "episodes": 4}
     assert load("omniglot", "evaluate").summary(accuracies) == expected
     fewshot, args = load("simclr", "fewshot"), load("simclr", "main").parse_args(["--query", "1"])
-    found = fewshot.evaluate(torch.zeros(6, 3, 2), lambda *_: accuracies, [1], 0, args)
+    features, seen = torch.rand(6, 3, 2), []
+    found = fewshot.evaluate(features, lambda *how: seen.append(how[1]) or accuracies, [1], 7, args)
     assert found == {"5way1shot": expected}
+    assert seen[0].equal(load("simclr", "dataloader").draw_episodes(features, 5, 1, 1, 1000, 7))
 
 
 def test_standardised_features():
