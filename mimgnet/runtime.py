@@ -57,7 +57,7 @@ def snapshot(parts):
 def restore(parts, path, progress):
     """Load the parts from a last.pt and return its progress; return `progress` if there is no last.pt.
 
-    Raises UserError if another program wrote it, or another kind of device: its random state is not readable.
+    Raises UserError if another program wrote it, or another kind of device whose random state it holds.
     """
     if not path.exists():
         return progress

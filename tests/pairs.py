@@ -135,9 +135,8 @@ def prediction(folder, title, way, shot, flags, images, count, device, **sizes):
     S, iters = args.test_mc_sample_size, args.semisupervised_em_iters
     episodes = dataloader.draw_episodes(images, way, shot, args.query, count, seed=0)
     members = shot + args.query
-    noise = plain.episode_noise(evaluation.NOISE_POOL, count, way, shot, members, S, args.latent_size)[
-        :at_once
-    ].to(device)
+    pool = evaluation.NOISE_POOL, count, way, shot, members, S, args.latent_size
+    noise = plain.episode_noise(*pool, at_once).to(device)
     flat, labels = images.flatten(0, 1), torch.arange(way, device=device).repeat_interleave(args.query)
     as_float = getattr(dataloader, "as_float", lambda x: x)
     features = flat if folder == "mimgnet" else evaluation.encode_all(ours, images)

@@ -245,13 +245,13 @@ def loss_terms(network, x, noise, first, iters, fix_pi=False, decoded=None):
     return network.reconstruction(z, x).mean(), kl.mean()
 
 
-def episode_noise(pool, count, way, shot, members, S, D):
+def episode_noise(pool, count, way, shot, members, S, D, most=None):
     """Return the noise of `evaluate`, (count, way, members, S, D): of consecutive images of a pool, the
-    support's first."""
+    support's first; of the first `most` episodes, if it is given."""
     noise = torch.randn(pool, S, D, generator=torch.Generator().manual_seed(0))
     start = torch.randint(pool, (count, 1), generator=torch.Generator().manual_seed(1))
     found = []
-    for first in start.flatten().tolist():
+    for first in start.flatten()[:most].tolist():
         own = noise.roll(-first, 0)[: way * members]
         support, query = (
             own[: way * shot].unflatten(0, (way, shot)),

@@ -20,6 +20,12 @@ SMALL = "--hidden-size 16 --latent-size 8 --batch-size 2 --sample-size 20 --trai
 SMALL = [*SMALL.split(), "--ema-decay", "0.9"]
 
 
+@pytest.fixture(autouse=True)
+def in_float32():
+    """As in the programs."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.mark.parametrize("folder", ["omniglot", "mimgnet"])
 def test_a_training_step_never_waits_for_the_gpu(folder):
     main, model, dataloader = (load(folder, name) for name in ("main", "model", "dataloader"))
