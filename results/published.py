@@ -68,10 +68,11 @@ def recipe(experiment, run):
     steps, epochs = args["train_iters"], features.get("train_epochs", "?")
     if name.startswith("published") and steps != STEPS[experiment]:
         name += f", {steps:,} of {STEPS[experiment]:,} steps"
-    if experiment == "mimgnet" and encoder(features):
-        made_by = encoder(features)
+    if experiment != "mimgnet":
+        return name
+    if made_by := encoder(features):
         name = f"{name}; {made_by}" if name.startswith("ours") else f"{made_by}, else {name}"
-    if experiment == "mimgnet" and features.get("loss") != "prototypical" and epochs != EPOCHS:
+    if features.get("loss") != "prototypical" and epochs != EPOCHS:
         name += f", {epochs} of {EPOCHS} SimCLR epochs"
     return name
 

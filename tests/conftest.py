@@ -60,6 +60,16 @@ def fails(result, *words):
         assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
 
 
+def bomb(path):
+    """Make an object that, when it is unpickled, makes a file."""
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(path), "w")
+
+    return Bomb()
+
+
 @pytest.fixture(scope="session")
 def glyphs_dir(tmp_path_factory):
     """A folder with a tiny glyph data set: train, val and test of 60, 25 and 25 classes of 20 drawings."""

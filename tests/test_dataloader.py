@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import bomb, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,12 +90,8 @@ def test_a_file_of_another_kind(tmp_path, content):
 
 
 def test_pickles_are_never_run(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return open, (str(tmp_path / "exploded"), "w")
-
     array = np.empty((1, 1, 28, 28, 1), object)
-    array[...] = Bomb()
+    array[...] = bomb(tmp_path / "exploded")
     save(tmp_path, array)
     assert not (tmp_path / "exploded").exists()
     refuses(tmp_path, "not a readable .npy array")

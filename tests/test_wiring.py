@@ -34,7 +34,7 @@ FLAGS = [
         "--unsupervised-em-iters 1", "--way 2", "--train-mc-sample-size 3",
     )
 ]  # fmt: skip
-FLAGS += [("omniglot", "--target canonical")]
+FLAGS += [("omniglot", "--target canonical"), ("omniglot", "--warp affine")]
 
 
 @pytest.mark.parametrize("folder, flags", FLAGS)
