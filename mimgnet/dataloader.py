@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machine import UserError
+from machine import UserError, in_short
 from runtime import read_config
 
 
@@ -43,7 +43,7 @@ def read_labels(path, images):
     except FileNotFoundError:
         return None
     except Exception as error:  # NumPy raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+        raise UserError(f"{path}: not a readable .npy array ({in_short(error)})") from None
     if not isinstance(labels, np.ndarray) or labels.shape != (images,) or labels.dtype.kind not in "iu":
         found = f"{getattr(labels, 'dtype', None)} of shape {getattr(labels, 'shape', None)}"
         raise UserError(f"{path}: {found}, expected an integer for each of the {images} images beside it")
@@ -69,7 +69,7 @@ def load_split(data_dir, split, images_per_class, crc32=None):
         make = "make it with simclr/main.py, option --feature-save-dir"
         raise UserError(f"{path}: not found; {make}") from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+        raise UserError(f"{path}: not a readable .npy array ({in_short(error)})") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or 0 in array.shape:
         raise UserError(f"{path}: shape {getattr(array, 'shape', None)}, expected (images, features)")
     if array.dtype not in (np.float16, np.float32, np.float64):

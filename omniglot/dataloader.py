@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machine import UserError
+from machine import UserError, in_short
 
 SHOTS = (1, 5)  # of validation episodes
 
@@ -55,7 +55,7 @@ def load_split(data_dir, split):
         make = "make it with data/omniglot/prepare.py or data/glyphs/prepare.py"
         raise UserError(f"{path}: not found; {make}") from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+        raise UserError(f"{path}: not a readable .npy array ({in_short(error)})") from None
     shape = getattr(array, "shape", None)  # None: several arrays in one file
     if len(shape or ()) != 5 or shape[2:] != (28, 28, 1) or 0 in shape:
         raise UserError(f"{path}: shape {shape}, expected (classes, drawings, 28, 28, 1)")

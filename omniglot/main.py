@@ -205,7 +205,7 @@ def train(splits, device, bf16, config, stop, args):
     first = rank() == 0  # it validates and writes
     if first:
         write_json(args.save_dir / "config.json", config)
-        start < args.train_iters and (args.save_dir / "test.json").unlink(missing_ok=True)  # of fewer steps
+        (args.save_dir / "test.json").unlink(missing_ok=True)  # of an earlier start
     if first and start:  # a kill may have come after last.pt, before this
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()

@@ -46,7 +46,10 @@ def restart(run, out, precision=None):
     generator = torch.Generator().manual_seed(args["seed"] + 2**31 + step)
     parts = snapshot({"model": model, "optimizer": optimizer, "generator": generator})
     progress = {"step": step, "seconds": seconds, "history": history}
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} is no folder to write to ({error.strerror})") from None
     config = config | {"restarted": [*config.get("restarted", []), step]}
     if precision not in (None, config["precision"]):
         until = config.get("precision_until", {}) | {str(step): config["precision"]}

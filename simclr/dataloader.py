@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from machine import UserError
+from machine import UserError, in_short
 from parallel import share, world
 
 SIZE = 84
@@ -36,7 +36,7 @@ def read_array(path):
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with data/imgnet/prepare.py") from None
     except Exception as error:  # NumPy raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+        raise UserError(f"{path}: not a readable .npy array ({in_short(error)})") from None
 
 
 def load_split(data_dir, split):

@@ -143,8 +143,8 @@ def prepared(args):
     Arrays made from other images are made again, unless a run has been trained on them. Arrays in --data-dir
     that record their source have to match the images beside them. Raises UserError.
     """
-    arrays = (args.data_dir / "train.npy").exists()
-    csvs = [(args.data_dir / f"{split}.csv").exists() for split in SPLITS]
+    arrays = os.path.exists(args.data_dir / "train.npy")  # Path.exists raises if it may not look
+    csvs = [os.path.exists(args.data_dir / f"{split}.csv") for split in SPLITS]
     if not csvs[0] or (arrays and not (all(csvs) and PREPARE.exists())):
         return args.data_dir
     out, trained = args.save_dir / "data", os.path.exists(args.save_dir / "last.pt")

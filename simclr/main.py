@@ -77,7 +77,7 @@ def make_parser():
     add("--lr", type=rate, default=1e-3, help="Adam's rate: constant, then a cosine to zero")
     add("--constant-epochs", type=natural, default=10, help="epochs before the rate falls")
     add("--weight-decay", type=rate, default=0.0, help="Adam's L2 penalty")
-    add("--seed", type=number(int, 0, below=2**31), default=0, help="for weights, order and views")
+    add("--seed", type=natural, default=0, help="for weights, order and views")
     add("--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is fast")
     add = p.add_argument_group("evaluation").add_argument
     larger = number(int, 64, below=1025)
@@ -272,8 +272,6 @@ def main():
         print(f"{config['device']}, {'exporting' if args.export_only else 'training'} in {precision}")
         if args.export_only:  # a bad one is refused before anything is written
             load_model(args.checkpoint or args.save_dir / f"{args.export}.pt")
-        if args.checkpoint:
-            write_json(args.save_dir / "config.json", open_folder(args.save_dir, config, testing=True))
         if args.init:
             start = load_model(args.init)
             channels = start.sizes["hidden_size"]
@@ -290,6 +288,8 @@ def main():
             with catch_stop(world() > 1) as stop:
                 train(splits, device, bf16, config, stop, args)
         else:
+            if args.checkpoint:
+                write_json(args.save_dir / "config.json", open_folder(args.save_dir, config, testing=True))
             say_other_data(args.checkpoint or args.save_dir, config["data"])
         features = export(splits, device, args)
         if args.probe:

@@ -112,7 +112,7 @@ def differences(config, before, free):
     facts = []
     for c in (config, before):
         flags = {f"{name}: ": value for name, value in c["args"].items() if name not in free}
-        data = {f"data_dir: {name} data of ": v for name, v in c.get("data", {}).items() if name != "test"}
+        data = {f"data_dir: {name} data of ": v for name, v in c["data"].items() if name != "test"}
         facts.append(flags | data | {"precision: ": c["precision"]})
     found, expected = facts  # a flag newer than the run is not compared
     flags = {k: "--" + k.replace("_", "-") for k, value in found.items() if expected.get(k, value) != value}
@@ -159,8 +159,8 @@ def open_folder(folder, config, resume=False, free=(), testing=False):
     if not held:
         return config
     say_other_data(folder, config["data"])  # the test data may differ
-    again = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
-    return before | {"args": config["args"], "resumed": [*before.get("resumed", []), again]}
+    now = {name: config[name] for name in ("command", "device", "versions", "git_commit")}
+    return before | {k: config[k] for k in ("args", "data")} | {"resumed": [*before.get("resumed", []), now]}
 
 
 class Log:

@@ -60,6 +60,17 @@ def fails(result, *words):
         assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
 
 
+def metrics(folder):
+    """List the lines of a run's metrics.jsonl, without the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def written(folder):
+    """Return {name: bytes} of everything in a folder, hidden files included."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 def bomb(path):
     """Make an object that, when it is unpickled, makes a file."""
 

@@ -95,6 +95,14 @@ def test_a_layout_that_leaves_no_doubt_is_read(layout, right, source, tmp_path):
     assert equal(tmp_path / "out", right / "out")
 
 
+def test_a_zip_that_asks_for_a_later_version(source, tmp_path):
+    pack(source, "images.zip", lambda path: path.name)
+    content = bytearray((source / "images.zip").read_bytes())
+    content[content.index(b"PK\1\2") + 6] = 200
+    (source / "images.zip").write_bytes(content)
+    fails(prepare(source, tmp_path / "out"), "images.zip: damaged or truncated")
+
+
 def test_a_name_of_two_different_files(source, tmp_path):
     pack(source, "a.zip", lambda path: f"images/{path.name}", keep=True)
     pack(source, "b.zip", lambda path: f"images/{path.name}", content=jpeg(99))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, fails, load, run
+from conftest import ROOT, fails, load, metrics, run
 from test_mimgnet import clusters
 
 main, model, dataloader = (load("mimgnet", name) for name in ("main", "model", "dataloader"))
@@ -54,11 +54,6 @@ def finished(data, tmp_path_factory):
     assert result.returncode == 0, result.stderr
     assert "5way1shot" in result.stdout and "5way5shot" in result.stdout
     return folder
-
-
-def metrics(folder):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def same(a, b):
@@ -156,6 +151,19 @@ def test_eval_only_of_the_run_and_of_a_checkpoint_at_another_way(data, finished,
     table = json.loads((tmp_path / "test" / "test.json").read_text())
     assert table.keys() == {"5way1shot", "5way16shot", "20way1shot", "20way16shot"}
     assert table["20way16shot"]["accuracy"] > 1.5 * 100 / 20
+
+
+def test_a_finished_run_is_tested_again_on_other_data(data, finished, tmp_path, monkeypatch):
+    """No earlier test.json stands beside its new config.json, even if the test is interrupted."""
+    folder, other = (shutil.copytree(place, tmp_path / place.name) for place in (finished, data))
+    np.save(other / "test_features.npy", np.load(data / "test_features.npy") + 1)
+    seen = []
+    monkeypatch.setattr(main, "test", lambda *_: seen.append((folder / "test.json").exists()))
+    flags = ["--data-dir", other, "--save-dir", folder, *TINY, "--resume"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, flags)])
+    main.main()
+    before, after = (json.loads((of / "config.json").read_text())["data"] for of in (finished, folder))
+    assert seen == [False] and before["train"] == after["train"] and before["test"] != after["test"]
 
 
 @pytest.fixture

@@ -11,20 +11,12 @@ import torch
 
 from conftest import ROOT, fails, load, needs_shared_data, run, shared_data
 
-RESULTS = ROOT / "results"
+ablations = load("results", "ablations")
+RESULTS, name_of, read_json = ablations.RESULTS, ablations.name_of, ablations.read_json
 OMNIGLOT = sorted(path.parent for path in RESULTS.glob("omniglot/*/seed*/test.json"))
 MIMGNET = sorted(path.parent for path in RESULTS.glob("mimgnet/*/seed*/test.json"))
 KEPT = [folder for folder in OMNIGLOT if list(folder.glob("*best.pt"))]
 ENCODERS = sorted(RESULTS.glob("simclr/*/seed*/encoder.pt"))
-
-
-def name_of(folder):
-    """Name a run's folder, or a file in it: 'omniglot/canonical/seed0'."""
-    return folder.relative_to(RESULTS).as_posix()
-
-
-def read_json(path):
-    return json.loads(path.read_text())
 
 
 def test_tables_agree_with_results():
@@ -146,6 +138,7 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     assert run("omniglot", "--save-dir", other, "--resume", *flags, 6, *bf16).returncode == 0
     fails(run("results", folder, "--out", again, script="restart.py"), "--out", again)
     fails(run("results", folder, "--out", folder, script="restart.py"), "--out", folder)
+    fails(run("results", folder, "--out", "/dev/null/a", script="restart.py"), "--out", "/dev/null/a")
     fails(run("results", tmp_path, "--out", tmp_path / "other", script="restart.py"), "no run found")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"ema_decay": 0.0', '"ema_decay": 0.9'))

@@ -48,9 +48,7 @@ def read(path, size):
     try:
         image = plain(Image.open(path))
         if size == 84:
-            image = image.convert("RGB")
-            image = image if image.size == (84, 84) else image.resize((84, 84), Image.Resampling.BILINEAR)
-            return np.asarray(image), None
+            return np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.BILINEAR)), None
         image = image.convert("L")
         pixels = np.asarray(image)
         border = int(np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])))

@@ -55,7 +55,7 @@ def find_images(source):
                         if entries.setdefault(place, content) != content:
                             found = f"two different files named {entry.filename} found"
                             problems.append(f"{archive}: {found}, one expected")
-        except (zipfile.BadZipFile, OSError) as error:
+        except DAMAGE as error:
             problems.append(f"{archive}: damaged or truncated zip archive ({error})")
 
     def add(index, key, place, same):

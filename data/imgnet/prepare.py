@@ -77,7 +77,8 @@ def check_counts(rows):
     if repeated:
         count = f"{len(repeated)} images stand more than once in the CSVs"
         problems.append(f"{count} (the first: {repeated[0]})")
-    splits_of = Counter(label for split in rows.values() for label in sorted({label for _, label in split}))
+    classes = {split: {label for _, label in rows[split]} for split in rows}
+    splits_of = Counter(label for labels in classes.values() for label in sorted(labels))
     shared = [label for label, count in splits_of.items() if count > 1]
     if shared:
         count = f"{len(shared)} classes stand in more than one CSV"
@@ -88,7 +89,6 @@ def check_counts(rows):
     if unequal:
         count = f"{len(unequal)} of {len(sizes)} classes do not have {usual} images as {times} do"
         problems.append(f"{count} (the first: {unequal[0]})")
-    classes = {split: {label for _, label in rows[split]} for split in rows}
     wordnet = all(re.fullmatch(r"n\d{8}", label) for labels in classes.values() for label in labels)
     if wordnet and {split: len(labels) for split, labels in classes.items()} == CLASSES:
         for split, expected in SPLITS.items():
@@ -102,15 +102,14 @@ def decode(place):
     """Decode one image, in a process of the pool: (84, 84, 3) uint8, or the reason why not."""
     try:
         image = plain(Image.open(io.BytesIO(load(place)))).convert("RGB")
-        if image.size != (SIZE, SIZE):  # antialiased by Pillow, as torchvision's Resize
-            image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-        return np.asarray(image)
+        # Antialiased by Pillow, as torchvision's Resize; the same pixels if the size is the same.
+        return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
     except DAMAGE as error:
         return " ".join(str(error).split()).partition(" <_io")[0] or type(error).__name__
 
 
 def decode_all(places, folder):
-    """Decode {split: [place or None]} into <folder>/<split>.npy, image by image: they may not fit in memory.
+    """Decode the images of `place_images` into <folder>/<split>.npy, one by one: they may not fit in memory.
 
     -> ({split: [hash of an image]}, {split: [(index, reason)]} of the broken images, which are left out).
     """
@@ -120,7 +119,7 @@ def decode_all(places, folder):
     with pool, tqdm(total=sum(map(len, places.values())), desc="images", unit="img") as bar:
 
         def images(split, jobs):
-            known = [i for i, place in enumerate(jobs) if place]
+            known = [i for i, place in enumerate(jobs) if isinstance(place, tuple)]
             for start in range(0, len(known), AT_ONCE):
                 some = known[start : start + AT_ONCE]
                 for i, image in zip(some, pool.map(decode, [jobs[i] for i in some], chunksize=64)):
@@ -190,8 +189,6 @@ def prepare(rows, classes, places, problems, folder):
 
     Raises SourceError with every problem in one message.
     """
-    for jobs in places.values():
-        jobs[:] = [job if isinstance(job, tuple) else None for job in jobs]
     sums, broken = decode_all(places, folder)
     for split, failures in broken.items():
         if failures:
