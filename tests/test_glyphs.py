@@ -6,12 +6,7 @@ import sys
 
 import numpy as np
 
-from conftest import ROOT, fails, run
-
-
-def written(folder):
-    """{name: bytes} of everything in a folder, hidden files included."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+from conftest import ROOT, fails, run, written
 
 
 def glyphs(out, *args):

@@ -12,16 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, fails, needs_shared_data, run
+from conftest import ROOT, fails, metrics, needs_shared_data, run
 
 TINY = "--hidden-size 8 --latent-size 8 --batch-size 2 --sample-size 20 --eval-episodes 8 --device cpu"
 TINY = [*TINY.split(), *"--train-mc-sample-size 2 --test-mc-sample-size 2".split()]
-
-
-def metrics(folder):
-    """metrics.jsonl without the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def weights(folder, name="last.pt"):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import fails, load, needs_shared_data, run
+from conftest import fails, load, needs_shared_data, run, written
 from PIL import Image
 
 omniglot = load("data/omniglot", "prepare")
@@ -27,11 +27,15 @@ SMALL = {"images_background": 5, "images_evaluation": 4}
 # --- invented archives ----------------------------------------------------------------------------
 
 
+def saved(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
 def png(paper):
     """(105, 105) bool, paper True -> a 1-bit PNG, as Omniglot's."""
-    buffer = io.BytesIO()
-    Image.fromarray(paper).convert("1").save(buffer, "PNG")
-    return buffer.getvalue()
+    return saved(Image.fromarray(paper).convert("1"))
 
 
 def drawing(code):
@@ -86,11 +90,6 @@ def as_folders(archives, folder):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
     return folder
-
-
-def written(folder):
-    """{name: bytes} of everything in a folder, hidden files included."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="session")
@@ -209,12 +208,6 @@ def test_the_thinnest_stroke_survives_as_grey(at, horizontal):
     assert (image.max(0) > 30).all() and image.max() < 255
     assert 0.8 < image.mean() / 255 * 105 < 1.3  # all of its ink; the filter's negative lobes are cut off
     assert abs(image.mean(1).argmax() + 0.5 - (at + 0.5) * 28 / 105) < 1
-
-
-def saved(image, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    return buffer.getvalue()
 
 
 def test_transparent_and_deep_drawings_mean_what_they_show():

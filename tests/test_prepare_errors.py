@@ -5,10 +5,10 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import fails, run
+from conftest import fails, run, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prepare import SMALL, as_folders, as_zips, drawing, entries, omniglot, png, written
+from test_prepare import SMALL, as_folders, as_zips, drawing, entries, omniglot, png
 from test_prepare import full, refuses, small  # noqa: F401
 
 
@@ -112,10 +112,6 @@ def test_what_a_source_without_archives_holds_is_said(refuses, tmp_path):
     refuses(tmp_path, "found neither images_background.zip", "found: omniglot.tar.gz")
 
 
-def wrong_size():
-    return png(np.ones((28, 28), bool)), "28x28 pixels found, 105x105 expected"
-
-
 def bomb():
     """A PNG that claims 60000 x 60000 pixels."""
     header = b"IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x01\x00\x00\x00\x00"
@@ -126,7 +122,7 @@ def bomb():
 @pytest.mark.parametrize(
     "broken",
     [
-        wrong_size(),
+        (png(np.ones((28, 28), bool)), "28x28 pixels found, 105x105 expected"),
         bomb(),
         (b"", "not a readable PNG"),
         (b"not a picture", "not a readable PNG"),

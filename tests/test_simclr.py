@@ -245,7 +245,6 @@ def test_epochs_see_every_image_once_in_another_order():
 
 
 def test_learning_rate_is_constant_then_falls_to_zero():
-    main = load("simclr", "main")
     args = main.parse_args(["--train-epochs", "40"])
     assert all(main.learning_rate(e, args) == 1e-3 for e in (0, 3.7, 10))
     rates = [main.learning_rate(10 + i / 10, args) for i in range(301)]

@@ -14,7 +14,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from conftest import ROOT, fails, load, run
+from conftest import ROOT, fails, load, metrics, run
 from test_imgnet import make_source
 
 data, model = load("simclr", "dataloader"), load("simclr", "model")
@@ -57,12 +57,6 @@ def whole_run(data_dir, tmp_path_factory):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return place / "whole", place / "features", ["--data-dir", data_dir, *TINY]
-
-
-def metrics(folder):
-    """metrics.jsonl without the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def read_features(folder):
