@@ -54,7 +54,7 @@ class ConvBlock(nn.Module):
     def forward(self, x):
         if not (self.training and x.device.type == "cpu"):
             return F.max_pool2d(self.norm(self.conv(x)), 2, ceil_mode=True).relu()
-        # The same function, faster in training on a CPU.
+        # The same function, faster in training on a CPU: a block that you change has to leave this out.
         odd = x.shape[3] % 2, x.shape[2] % 2
         if x.requires_grad or any(odd):  # zero padding is harmless: a ReLU follows
             return PoolReLU.apply(F.pad(self.norm(self.conv(x)), (0, odd[0], 0, odd[1])))
@@ -77,7 +77,7 @@ class GMVAE(nn.Module):
     def __init__(self, hidden_size=64, latent_size=64, set_attention=True, bf16=False):
         super().__init__()
         c, width = hidden_size, 4 * hidden_size
-        # All that `load_model` passes to this constructor.
+        # `load_model` passes these to this constructor and no others: an argument added there belongs here.
         self.sizes = {"hidden_size": hidden_size, "latent_size": latent_size, "set_attention": set_attention}
         self.bf16 = bf16
         self.encoder = nn.Sequential(
@@ -121,7 +121,10 @@ class GMVAE(nn.Module):
         return linear(sets.float()).view(*h.shape[:2], -1).chunk(2, dim=-1)
 
     def decode(self, z):
-        """Decode latents (N, D) -> Bernoulli logits of the pixels (N, 28, 28, 1), float32."""
+        """Decode latents (N, D) -> Bernoulli logits of the pixels (N, 28, 28, 1), float32.
+
+        figures.py draws their sigmoid.
+        """
         with self.autocast(z):
             return self.decoder(z).float().permute(0, 2, 3, 1)
 
@@ -167,10 +170,17 @@ class GMVAE(nn.Module):
     def predict(self, support, query, samples=32, em_iters=10, reading="unit", seed=0):
         """Classify query images given a few labeled ones of each class; needs evaluation mode.
 
-        support (way, shot, 28, 28, 1), query (N, 28, 28, 1), ink = 1 -> probabilities (N, way). The queries
-        are classified together (transductive); em_iters=0 leaves out EM on them. `seed` draws the Monte-Carlo
-        samples.
+        support (way, shot, 28, 28, 1), query (N, 28, 28, 1), uint8 or float32 in [0, 1], ink high ->
+        probabilities (N, way). The queries are classified together (transductive); em_iters=0 leaves out EM
+        on them. `reading` is the --e-step of the run. `seed` draws the Monte-Carlo samples. Raises UserError
+        for other values and for inverted images, which would spoil all answers of the call.
         """
+        for name, x in (("support", support), ("query", query)):
+            top = 255 if x.dtype == torch.uint8 else 1
+            mean = x.float().mean() / top
+            if not (x.min() >= 0 and x.max() <= top and mean < 0.55):
+                found = f"values from {x.min()} to {x.max()} with mean {mean:.2f} found"
+                raise UserError(f"{name}: {found}, ink {top} on a ground of 0 expected")
         way, shot = support.shape[:2]
         h = torch.cat([self.encode(support.flatten(0, 1)), self.encode(query)])
         generator = torch.Generator().manual_seed(seed)

@@ -188,6 +188,22 @@ def test_predict_from_images(network, reading):
     torch.testing.assert_close(found, network.predict(support / 255, query, samples=5, seed=7))
 
 
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda x: x * 255, "values from 0.0 to 255"), (lambda x: 1 - x, "mean 0.9"),
+        (lambda x: x - 1, "from -1"), (lambda x: x / x.mean(), "values from 0.0 to"),
+        (lambda x: x.where(x > 0, torch.nan), "from nan"),
+        (lambda x: (255 - 255 * x).byte(), "ink 255 on a ground of 0 expected"),
+    ],
+)  # fmt: skip
+def test_predict_refuses_other_values_and_inverted_images(network, spoil, said):
+    x = (torch.rand(6, 28, 28, 1, generator=torch.Generator().manual_seed(3)) > 0.9).float()
+    for name, support, query in (("support", spoil(x[:2]), x[2:]), ("query", x[:2], spoil(x[2:]))):
+        with pytest.raises(model.UserError, match=f"{name}: .*{said}"):
+            network.eval().predict(support.view(2, 1, 28, 28, 1), query, samples=2)
+
+
 def test_bf16_keeps_the_mixture_in_float32(network):
     network = copy.deepcopy(network)
     network.bf16 = True
