@@ -104,7 +104,8 @@ def check_episodes(data_dir, split, images, ways, shots, query):
     if classes < way:
         raise UserError(f"{path}: {classes} classes, expected at least {way} for {way}-way episodes")
     if per_class < shot + query:
-        expected = f"expected at least {shot + query} (shot {shot} + query {query})"
+        flag = "--test-shot" if split == "test" else "--shot"
+        expected = f"expected at least {shot + query} ({flag} {shot} + --query {query})"
         raise UserError(f"{path}: {per_class} images a class, {expected}")
 
 
@@ -120,6 +121,17 @@ def say_if_mixed(path, images):
     between, within = x.shape[1] * x.mean(1).var(0).sum(), x.var(1).mean(0).sum()
     if between < 1.5 * within:
         print(f"{path}: images of a class are no more alike than others; do they lie class by class?")
+
+
+def say_if_small(path, images, kl_weight):
+    """Print a line if the features vary so little that a latent costs more than it explains.
+
+    images (classes, members, width). A linear decoder uses no direction of a variance under kl_weight / 2.
+    """
+    highest = torch.linalg.eigvalsh(torch.atleast_2d(torch.cov(images.flatten(0, 1).float().T)))[-1]
+    if highest < kl_weight:
+        found = f"a variance of at most {highest:.2g} in any direction"
+        print(f"{path}: {found}; below --kl-weight {kl_weight:g} latents may stay empty, multiply them all")
 
 
 def check_apart(data_dir, splits):
@@ -193,6 +205,7 @@ def load_splits(args, described):
     if args.eval_only:
         return splits
     train = splits["train"]
+    say_if_small(folder / "train_features.npy", train, args.kl_weight)
     for name in ("val", "test"):
         check_alike(folder, name, splits[name], train.shape[-1], train.min() < 0, "train_features.npy")
     check_episodes(folder, "val", splits["val"], [args.way], [args.shot], args.query)

@@ -79,7 +79,7 @@ def check_episodes(data_dir, split, images, ways, shots, query):
     if classes < way:
         raise UserError(f"{path}: {classes} classes, expected at least {way} for {way}-way episodes")
     if drawings < shot + query:
-        expected = f"expected at least {shot + query} (shot {shot} + query {query})"
+        expected = f"expected at least {shot + query} ({shot} shots + --query {query})"
         raise UserError(f"{path}: {drawings} drawings a class, {expected}")
 
 
@@ -139,7 +139,7 @@ def load_splits(args):
 
 
 def as_float(images):
-    """Return images as float32 in [0, 1], for training and figures; `model.encode` does it too."""
+    """Return images as float32 in [0, 1], for training and figures; in a test `model.encode` does it."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 

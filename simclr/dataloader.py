@@ -77,7 +77,7 @@ def check_episodes(data_dir, split, images, way, shots, query):
     if classes < way:
         raise UserError(f"{path}: {classes} classes, expected at least {way} for {way}-way episodes")
     if members < shot + query:
-        expected = f"expected at least {shot + query} (shot {shot} + query {query})"
+        expected = f"expected at least {shot + query} ({shot} shots + --query {query})"
         raise UserError(f"{path}: {members} images a class, {expected}")
 
 

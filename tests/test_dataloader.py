@@ -229,7 +229,7 @@ def test_too_few_classes_or_drawings(tmp_path):
     with pytest.raises(UserError, match=r"val\.npy: 7 classes, expected at least 8 for 8-way"):
         data.check_episodes(tmp_path, "val", images, ways=[8, 5], shots=[1], query=15)
     with pytest.raises(
-        UserError, match=r"test\.npy: 20 drawings a class, expected at least 21 \(shot 5 \+ query 16\)"
+        UserError, match=r"test\.npy: 20 drawings a class, expected at least 21 \(5 shots \+ --query 16\)"
     ):
         data.check_episodes(tmp_path, "test", images, ways=[5], shots=[5, 1], query=16)
 

@@ -100,6 +100,18 @@ def test_copies_with_other_last_bits_and_features_in_disorder(data, tmp_path, re
     assert "test_features.npy: images of a class are no more alike than others" in capsys.readouterr().out
 
 
+def test_features_too_small_to_be_worth_a_latent(data, tmp_path, capsys):
+    """Unit length, as many encoders give: no direction has the variance that a squared error needs."""
+    x = {split: np.load(data / f"{split}_features.npy") for split in ("train", "val", "test")}
+    for scale, small in ((1, True), (10, False)):
+        for split in x:
+            unit = x[split] / np.linalg.norm(x[split], axis=1, keepdims=True)
+            np.save(tmp_path / f"{split}_features.npy", scale * unit)
+        capsys.readouterr()
+        dataloader.load_splits(main.parse_args(["--data-dir", str(tmp_path), *TINY]), {})
+        assert ("train_features.npy: a variance of at most 0." in capsys.readouterr().out) == small
+
+
 def test_training_features_need_no_classes(data, tmp_path):
     """Training draws from all images: a number that no class divides will do."""
     folder = shutil.copytree(data, tmp_path / "features")
@@ -209,7 +221,7 @@ def test_unreadable_features(damage, data, tmp_path, refused):
 BAD_FLAGS = {
     "--way 7": "val_features.npy: 6 classes, expected at least 7",
     "--test-way 5 23": "test_features.npy: 22 classes, expected at least 23",
-    "--shot 17": "val_features.npy: 20 images a class, expected at least 21 (shot 17 + query 4)",
+    "--shot 17": "val_features.npy: 20 images a class, expected at least 21 (--shot 17 + --query 4)",
     "--test-shot 1 17": "test_features.npy: 20 images a class, expected at least 21",
     "--query 20": "expected at least",
     "--way 6 --sample-size 1 --train-mc-sample-size 4": "--way: 6 found",
