@@ -50,7 +50,7 @@ class GMVAE(nn.Module):
     ):
         super().__init__()
         width = feature_size
-        # All that `load_model` passes to this constructor.
+        # `load_model` passes these to this constructor and no others: an argument added there belongs here.
         self.sizes = {"feature_size": feature_size, "hidden_size": hidden_size, "latent_size": latent_size}
         self.sizes |= {"set_attention": set_attention, "signed": signed}
         self.bf16 = bf16

@@ -26,8 +26,9 @@ class UserError(Exception):
 
 
 def in_short(error):
-    """Return the first line of what an error says, or its kind if it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """Return the first line of what an error says, the second after a colon, its kind if it says nothing."""
+    first, *more = (str(error) or type(error).__name__).splitlines()
+    return more[0].strip() if first.endswith(":") and more else first
 
 
 def lenient(method):

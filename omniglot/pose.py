@@ -23,7 +23,7 @@ def pose(x, shape=0.25):
     of the slant and aspect, 0.5 all of it.
     An empty image has centre 0 and the smallest size.
     """
-    ink = x[..., 0].float()  # (..., H, W)
+    (ink,) = x.float().unbind(-1)  # (..., H, W); several channels are refused
     height, width = ink.shape[-2:]
     mass = ink.sum((-2, -1)).clamp(min=1e-6)  # one pixel of 1/255 is still a drawing
     columns, rows = ink.sum(-2), ink.sum(-1)  # (..., W), (..., H)

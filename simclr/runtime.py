@@ -76,11 +76,11 @@ def describe_run(args, device, precision, arrays):
     args {name: value}; arrays {split: tensor on the CPU}: their shapes and checksums are kept.
     """
     describe = "git describe --always --dirty --abbrev=40 --exclude=*"  # -dirty: files differ from the commit
-    try:
+    commit, sums = "", {split: zlib.crc32(array.contiguous().numpy()) for split, array in arrays.items()}
+    with suppress(OSError):
         commit = subprocess.run(describe.split(), cwd=HERE, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    sums = {split: zlib.crc32(array.contiguous().numpy()) for split, array in arrays.items()}
+        known = subprocess.run(["git", "ls-files", "main.py"], cwd=HERE, capture_output=True).stdout
+        commit += "-untracked" * bool(commit and not known)  # of a copied folder, which no commit has
     return {
         "command": shlex.join(["python", *sys.argv]),
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in args.items()},

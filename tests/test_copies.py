@@ -54,9 +54,10 @@ def test_both_training_loops_are_the_same_text():
 
 
 def test_files_stay_short_and_narrow():
-    files = subprocess.run(
-        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
+    """Not of a copied folder: its main.py may grow."""
+    folders = ("omniglot/*.py", "mimgnet/*.py", "simclr/*.py", "data/*.py", "results/*.py", "tests/*.py")
+    command = ["git", "ls-files", "bench.py", *folders]
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert files or not (ROOT / ".git").exists()
     for name in files:
         lines = (ROOT / name).read_text().splitlines()

@@ -26,6 +26,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
+@pytest.mark.parametrize(
+    "said, expected",
+    [("a\nb", "a"), ("Errors:\n\tsize mismatch\nb", "size mismatch"), ("a:", "a:"), ("", "ValueError")],
+)
+def test_an_error_in_short(said, expected):
+    assert machine.in_short(ValueError(said)) == expected
+
+
 def test_only_what_a_user_can_put_right_is_said_in_one_line(capfd):
     no_memory = [
         RuntimeError("can't allocate memory: a flag"),

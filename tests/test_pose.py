@@ -72,6 +72,11 @@ def test_odd_images_give_finite_results():
         assert image[0].max() == 0 < image[1:].flatten(1).amax(1).min()
 
 
+def test_colours_are_refused():
+    with pytest.raises(ValueError):
+        pose.pose(torch.rand(2, 28, 28, 3))
+
+
 def test_autocast_does_not_make_the_pose_coarser():
     x = torch.cat([odd_images(), blob()])
     expected = pose.pose(x)

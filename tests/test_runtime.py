@@ -1,5 +1,8 @@
 """runtime.py: what the programs themselves do not show."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 
@@ -13,6 +16,23 @@ def test_without_git(monkeypatch):
     config = runtime.describe_run({"seed": 0}, torch.device("cpu"), "fp32", {"train": torch.zeros(2, 3)})
     assert config["git_commit"] is None and config["args"] == {"seed": 0}
     assert config["data"]["train"]["shape"] == [2, 3]
+
+
+def test_the_commit_says_if_it_has_the_experiment_and_its_changes(tmp_path, monkeypatch):
+    def commit_of(folder):
+        monkeypatch.setattr(runtime, "HERE", tmp_path / folder)
+        return runtime.describe_run({}, torch.device("cpu"), "fp32", {})["git_commit"]
+
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published/main.py").write_text("1")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -qm c"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    commit = commit_of("published")
+    assert len(commit) == 40
+    shutil.copytree(tmp_path / "published", tmp_path / "mine")
+    assert commit_of("published") == commit and commit_of("mine") == f"{commit}-untracked"
+    (tmp_path / "published/main.py").write_text("2")
+    assert commit_of("published") == f"{commit}-dirty"
 
 
 def test_a_checksum_is_of_the_values_not_of_their_order_in_memory():
