@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import statistics
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,9 @@ def main_py(experiment, data_dir, *flags, code=None):
     data = os.path.relpath(data_dir or RESULTS.parent / DATA[experiment], folder)
     program = ["-c", code] if code else ["main.py"]
     command = [sys.executable, *program, "--data-dir", data, *map(str, flags)]
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the program, which saves and ends
     done = subprocess.run(command, cwd=folder)
+    signal.signal(signal.SIGINT, before)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
 
@@ -100,15 +103,14 @@ def main_py(experiment, data_dir, *flags, code=None):
 def test(run, variants, data_dir):
     """Test the checkpoints of results/<run> with each variant of flags, on the same episodes."""
     path = OUT / f"{run}.json"
-    results = read_json(path) if path.exists() else {}
     reading = read_json(RESULTS / run / "config.json")["args"]["e_step"]
     for variant in variants:
         with tempfile.TemporaryDirectory() as out:
             flags = ["--eval-only", "--checkpoint", RESULTS / run, "--save-dir", out, "--test-shot", 1, 5]
             flags += ["--e-step", reading] if variant == WAYS else []  # other ways, with the run's own E-step
             main_py(run.split("/")[0], data_dir, *flags, *variant.split())
-            results[variant] = read_json(Path(out, "test.json"))
-        save_json(path, results)
+            found = read_json(Path(out, "test.json"))
+        save_json(path, (read_json(path) if path.exists() else {}) | {variant: found})
 
 
 def train_in(name, experiment, flags, data_dir, code=None):

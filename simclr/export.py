@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,7 +162,9 @@ def prepared(args):
             f"--data-dir: {args.data_dir} holds unprepared images ({PREPARE} not found), {expected}"
         )
     flags = ["--source", args.data_dir, "--out", out, "--if-changed", "fail" if trained else "again"]
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the program, which cleans up
     made = subprocess.run([sys.executable, PREPARE, *flags])
+    signal.signal(signal.SIGINT, before)
     if made.returncode:
         sys.exit(made.returncode)  # it has said why
     return out

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 
+import pytest
 import torch
 
 from conftest import ROOT, load, needs_shared_data, run
@@ -66,6 +68,37 @@ def test_an_ablation_by_code_runs_it_on_the_data_given(tmp_path, monkeypatch):
     for (command, cwd), program in zip(ran, programs, strict=True):
         given = command[1 : len(program) + 3]
         assert cwd == ROOT / "omniglot" and given == [*program, "--data-dir", "../data/mine"]
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+try:
+    for pid in os.getppid(), os.getpid():  # as Ctrl-C does
+        os.kill(pid, signal.SIGINT)
+    time.sleep(9)
+except KeyboardInterrupt:
+    time.sleep(0.6)  # subprocess.run kills a program 0.25 seconds after Ctrl-C
+    open(sys.argv[-1] + "/saved", "w")
+    sys.exit(130)
+"""
+
+
+def test_programs_that_start_another_let_it_save(tmp_path, monkeypatch):
+    """Ctrl-C goes to both."""
+    export = load("simclr", "export")
+    monkeypatch.setattr(export, "PREPARE", tmp_path / "prepare.py")
+    (tmp_path / "prepare.py").write_text(f"{INTERRUPTED.replace('sys.argv[-1]', repr(str(tmp_path)))}")
+    (tmp_path / "train.csv").write_text("")
+    place = ["--data-dir", str(tmp_path), "--save-dir", str(tmp_path / "run")]
+    for call in (
+        lambda: ablations.main_py("omniglot", None, tmp_path, code=INTERRUPTED),
+        lambda: export.prepared(load("simclr", "main").parse_args(place)),
+    ):
+        handler = signal.getsignal(signal.SIGINT)
+        with pytest.raises(SystemExit, match="130"):
+            call()
+        assert signal.getsignal(signal.SIGINT) == handler
+        (tmp_path / "saved").unlink()
 
 
 def test_the_ablations_that_no_flag_does_change_what_they_say(glyphs_dir):
