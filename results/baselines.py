@@ -60,7 +60,7 @@ def load_features(folder, run):
         found = {name: None for name in expected} | json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: not found, the features of {run} and their description expected") from None
-    except (ValueError, TypeError):
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{path}: not readable, the description of the features of {run} expected") from None
     for name, value in expected.items():
         if found[name] != value:
@@ -77,6 +77,10 @@ def load_features(folder, run):
     train, test = (torch.from_numpy(array) for array in arrays.values())
     if not found.get("lda"):
         test = (test - train.mean(0)) / train.std(0).clamp_min(1e-6)
+    each = (found.get("images_per_class") or {}).get("test", IMAGES)
+    if each != IMAGES or len(test) % IMAGES:
+        found = f"{len(test)} test images, {each} a class found"
+        raise UserError(f"{path}: {found}, {IMAGES} expected as in {run}")
     return test.unflatten(0, (-1, IMAGES))
 
 
@@ -91,6 +95,10 @@ def main():
         experiment, cells = args.run.split("/")[0], {}
         if experiment == "omniglot":
             x = as_float(load_split(args.data_dir or RESULTS.parent / "data/omniglot", "test"))
+            of = read_config(RESULTS / "omniglot/canonical/seed0")
+            if of and [*x.shape] != of["data"]["test"]["shape"]:
+                expected = f"Omniglot's {of['data']['test']['shape']} expected"
+                raise UserError(f"--data-dir: test.npy of shape {[*x.shape]} found, {expected}")
             inputs = {"the drawings": x, "drawings without their pose": canonical(x, pose(x))}
             inputs = {f" on {name}": images.flatten(2) for name, images in inputs.items()}
         else:

@@ -34,7 +34,10 @@ MIMGNET = {
 RECIPES = {"omniglot": RECIPE | OMNIGLOT, "mimgnet": RECIPE | MIMGNET}
 SET_SIZES = {("omniglot", 5): 200, ("omniglot", 20): 300, ("mimgnet", 5): 5}
 STEPS, EPOCHS = {"omniglot": 60000, "mimgnet": 15000}, 400  # of SimCLR
-SIMCLR = {"batch_size": 512, "view_size": 84}
+SIMCLR = {
+    "batch_size": 512, "view_size": 84, "crop_scale": 0.08, "jitter": 0.8, "hue": 0.2, "neighbours": 0,
+    "feature_size": 84, "lda": 0,
+}  # fmt: skip
 # What the fast recipe changes.
 FAST = {"train_mc_sample_size", "sample_size", "kl_warmup_iters", "lr_schedule", "ema_decay"}
 # Larger sets: ours on Mini-ImageNet, on features with --lda.
@@ -46,7 +49,8 @@ CANONICAL = FAST | {"lr", "target", "warp", "kl_weight", "e_step", "eval_episode
 def recipe(experiment, run):
     """Name the recipe: the published one, with what was shortened, or another with what differs."""
     args, features = run["args"], run.get("features", {})
-    expected = RECIPES[experiment] | {"sample_size": SET_SIZES[experiment, args["way"]]}
+    size = SET_SIZES.get((experiment, args["way"]))
+    expected = RECIPES[experiment] | ({"sample_size": size} if size else {"way": 5})
     # A flag that is newer than the run had its default.
     changed = {flag: args[flag] for flag in expected if args.get(flag, expected[flag]) != expected[flag]}
     reading = f", {args['e_step']} E-step" if "e_step" in changed else ""
@@ -85,7 +89,8 @@ def encoder(features):
             return f"prototypical encoder{near}, {features['lda']} directions"
         size = features.get("feature_size", SIMCLR["view_size"])
         of = "" if size == SIMCLR["view_size"] else f", {size} pixels"
-        return f"prototypical encoder, {features['batch_size']} x {features['views']} views{of}"
+        return f"prototypical encoder{near}, {features['batch_size']} x {features['views']} views{of}"
     found = {name: features.get(name, value) for name, value in SIMCLR.items()}  # older ones say less
     sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
-    return "" if found == SIMCLR else sizes
+    others = [f"{name} {value}" for name, value in [*found.items()][2:] if value != SIMCLR[name]]
+    return "" if found == SIMCLR else ", ".join([sizes, *others])

@@ -36,7 +36,7 @@ def restart(run, out, precision=None):
     if not history:
         raise UserError(f"{run / 'metrics.jsonl'}: no validation found, at least one expected")
     step, seconds = history[-1]["step"], history[-1]["seconds"]
-    steps = {path: load_checkpoint(path)["step"] for path in sorted(run.glob("*.pt"))}
+    steps = {path: load_checkpoint(path).get("step") for path in sorted(run.glob("*.pt"))}
     weights = next((path for path in steps if steps[path] == step), None)
     if weights is None:
         raise UserError(f"{run}: weights of steps {[*steps.values()]} found, of step {step} expected")

@@ -281,11 +281,11 @@ def main():
     }
     for name, tables in readmes.items():
         path = RESULTS.parent / name
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if filled(text, tables) != text:
             stale.append(name)
             if not check:
-                save(path, lambda temporary: temporary.write_text(filled(text, tables)))
+                save(path, lambda temporary: temporary.write_text(filled(text, tables), "utf-8"))
     if check and stale:
         sys.exit(f"{', '.join(stale)}: the result table disagrees with results/; run `make table`")
 

@@ -83,7 +83,7 @@ def make_parser():
     larger = number(int, 64, below=1025)
     add("--feature-size", type=larger, default=SIZE, help="pixels of an image's side when features are made")
     add("--lda", type=natural, default=0, help="project features on so many directions; 0: do not")
-    add("--way", type=count, default=5, help="classes of an episode")
+    add("--way", type=several, default=5, help="classes of an episode")
     add("--query", type=count, default=15, help="query images per class")
     add("--eval-episodes", type=count, default=1000, help="episodes of a validation or probe, for each shot")
     add = p.add_argument_group("test").add_argument
@@ -99,18 +99,17 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.checkpoint and not args.export_only:
         p.error("--checkpoint goes with --export-only; --resume continues a run")
-    if args.resume and args.export_only:
-        p.error("--resume is of training, --export-only found")
-    if args.init and args.export_only:
-        p.error("--init is of training, --export-only found")
+    for flag in ("resume", "init"):
+        if getattr(args, flag) and args.export_only:
+            p.error(f"--{flag} is of training, --export-only found")
+    if args.probe and args.export_only and not args.checkpoint:
+        p.error("--probe: --export-only without --checkpoint found, --resume --probe tests a run itself")
     if args.checkpoint and args.export != p.get_default("export"):
         p.error(f"--export {args.export} is of the run in --save-dir, --checkpoint found")
     if args.loss == "nt-xent" and args.views != 2:
         p.error(f"--views: {args.views} found, 2 expected for --loss nt-xent")
     if args.neighbours and args.views % 2:
         p.error(f"--views: {args.views} found, an even number expected for --neighbours")
-    if args.probe and args.way < 2:
-        p.error(f"--way: {args.way} found, at least 2 expected for --probe")
     width = args.hidden_size * (args.feature_size // 32) ** 2
     if args.lda > width and not args.export_only:
         p.error(f"--lda: {args.lda} found, at most the {width} features of an image expected")
@@ -192,7 +191,7 @@ def train(splits, device, bf16, config, stop, args):
     first = rank() == 0  # it validates and writes
     if first:
         write_json(args.save_dir / "config.json", config)
-        start < total and (args.save_dir / "test.json").unlink(missing_ok=True)  # of fewer steps
+        (args.save_dir / "test.json").unlink(missing_ok=True)  # of an earlier start
     if first and start:  # a kill may have come after last.pt, before this
         write_metrics(args.save_dir, history)
     began, saved = time.monotonic() - progress["seconds"], time.monotonic()

@@ -11,6 +11,11 @@ from conftest import fails, load, needs_shared_data, run
 from test_results import RESULTS, read_json
 
 
+def test_baselines_of_omniglot_need_omniglot(glyphs_dir):
+    result = run("results", "omniglot", "--data-dir", glyphs_dir, script="baselines.py")
+    fails(result, "--data-dir", "[25, 20, 28, 28, 1] found, Omniglot's [1292, 20, 28, 28, 1] expected")
+
+
 def test_baselines_of_an_encoder_need_its_features(tmp_path):
     name, what = "simclr/prototypical-512/seed0", tmp_path / "features.json"
     fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), what, "not found")
@@ -35,7 +40,17 @@ def test_baselines_of_an_encoder_need_its_features(tmp_path):
     found = load("results", "baselines").load_features(tmp_path, name)
     expected = (arrays["test"] - arrays["train"].mean(0)) / arrays["train"].std(0, ddof=1)
     np.testing.assert_allclose(found, expected.reshape(2, 600, 4), rtol=1e-5, atol=1e-5)
-    what.write_text(json.dumps(read_json(what) | {"lda": 4}))  # coordinates keep their scales
+    fails(run("results", name, "--data-dir", what, script="baselines.py"), what / what.name, "not readable")
+    for each, size in ((150, 1200), (600, 1150)):  # own data, of other classes
+        np.save(tmp_path / "test_features.npy", arrays["test"][:size])
+        crc32 = {"train": zlib.crc32(arrays["train"]), "test": zlib.crc32(arrays["test"][:size])}
+        other = args | {"crc32": crc32, "images_per_class": {"test": each}}
+        (tmp_path / "features.json").write_text(json.dumps(other))
+        said = f"{size} test images, {each} a class found, 600 expected"
+        fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), said)
+    np.save(tmp_path / "test_features.npy", arrays["test"])
+    crc32 = {split: zlib.crc32(x) for split, x in arrays.items()}
+    what.write_text(json.dumps(args | {"crc32": crc32, "lda": 4}))  # coordinates keep their scales
     found = load("results", "baselines").load_features(tmp_path, name)
     assert np.array_equal(found, arrays["test"].reshape(2, 600, 4))
     kept = "simclr/neighbours/seed0"

@@ -75,6 +75,14 @@ def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
     assert fast[1] == {
         "20way1shot": "80.00 ± 0.50 (-2.21)", "20way5shot": "90.00 ± 0.50 (-0.61)",
     }  # fmt: skip
+    assert table.recipe("omniglot", fake("--way 10", {})) == "another: way 10"
+
+
+def test_features_of_changed_views_are_not_the_published_ones():
+    published, flags = load("results", "published"), vars(load("simclr", "main").parse_args([]))
+    assert published.encoder(flags) == published.encoder({}) == ""
+    for name in ("crop_scale", "jitter", "hue", "neighbours", "feature_size", "lda"):
+        assert published.encoder(flags | {name: 0.5}).endswith(f", {name} 0.5")
 
 
 CALLS = [("README.md", 4), ("results/README.md", 12), ("results/bench/README.md", 2)]
@@ -140,6 +148,8 @@ def test_a_run_goes_on_from_its_shipped_weights(glyphs_dir, tmp_path):
     fails(run("results", folder, "--out", folder, script="restart.py"), "--out", folder)
     fails(run("results", folder, "--out", "/dev/null/a", script="restart.py"), "--out", "/dev/null/a")
     fails(run("results", tmp_path, "--out", tmp_path / "other", script="restart.py"), "no run found")
+    features = RESULTS / "simclr/neighbours/seed0"
+    fails(run("results", features, "--out", tmp_path / "other", script="restart.py"), features, "[None")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"ema_decay": 0.0', '"ema_decay": 0.9'))
     fails(run("results", folder, "--out", tmp_path / "other", script="restart.py"), folder, "--ema-decay")

@@ -241,6 +241,9 @@ def test_a_prototypical_run_resumes_as_if_never_interrupted(data_dir, tmp_path):
     fails(longer, "--train-epochs: 4 found, 3 expected")
     assert run("simclr", *flags, "--resume").returncode == 0
     assert_same_run(whole, features, tmp_path / "s", tmp_path / "f")
+    (tmp_path / "s/test.json").write_text("of flags that are not in config.json any more")
+    assert run("simclr", *flags, "--resume", "--export", "best").returncode == 0
+    assert not (tmp_path / "s/test.json").exists()
 
 
 def test_training_starts_from_an_encoder(whole_run, tmp_path):

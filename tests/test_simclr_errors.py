@@ -49,7 +49,8 @@ def fails_here(capsys, monkeypatch, words, *args):
     ),
     (["--init is of training"], ["--export-only", "--init", "x.pt"]),
     (["x.pt: not found"], ["--init", "x.pt"]),
-    (["--way: 1 found", "--probe"], ["--probe", "--way", 1]),
+    (["--way: 1 found"], ["--way", 1]),
+    (["--probe: --export-only without --checkpoint found"], ["--export-only", "--probe"]),
     (["--feature-save-dir", "/dev/null"], ["--feature-save-dir", "/dev/null"]),
     (["x" * 300], ["--data-dir", "x" * 300]),
 ])  # fmt: skip
