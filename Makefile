@@ -42,7 +42,6 @@ RECIPE ?= prototypical
 MINI := runs/mini-$(RECIPE)
 mini: .venv/run
 	@test -n "$(SOURCE)" || { echo "make mini: SOURCE is empty, SOURCE=<folder with images/ or zips and train.csv, val.csv, test.csv> expected" >&2; exit 2; }
-	@test -d "$(SOURCE)" || { echo "make mini: SOURCE: $(SOURCE) found, a folder expected" >&2; exit 2; }
 	@test -f "mimgnet/recipes/$(RECIPE).txt" || { echo "make mini: RECIPE: $(RECIPE) found, prototypical or published expected" >&2; exit 2; }
 	"$(BIN)/python" data/imgnet/prepare.py --source "$(SOURCE)" --if-changed again
 	cd simclr && "$(BIN)/python" main.py @recipes/$(RECIPE).txt --save-dir ../$(MINI)-simclr --probe --resume

@@ -124,7 +124,8 @@ def program():
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")
         stream.write, stream.flush = lenient(stream.write), lenient(stream.flush)
         setattr(sys, name, stream)
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # removes unfinished files

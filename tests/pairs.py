@@ -4,6 +4,7 @@ settings.
 bench.py times these pairs; test_bench.py runs them in small and compares what they return.
 """
 
+import shlex
 from functools import partial
 from typing import NamedTuple
 
@@ -197,7 +198,7 @@ def simclr_step(flags, tiny, device, bf16):
     a loader's workers; decoding the files is left out, which favours it. Its step is compared, and timed, on
     views of ours."""
     main, data = load("simclr", "main"), load("simclr", "dataloader")
-    args = main.parse_args([*flags.split(), *("--hidden-size 8 --batch-size 16".split() if tiny else [])])
+    args = main.parse_args(shlex.split(f"{flags} {'--hidden-size 8 --batch-size 16' * tiny}"))
     strength, size = (args.crop_scale, args.jitter, args.hue), args.view_size
     images = random_bytes(args.batch_size, data.SIZE, data.SIZE, 3)
     encoder, projection, oracle = encoders(args, bf16, device)
@@ -302,7 +303,7 @@ PAIRS = {
     "mimgnet-eval-1shot": (mimgnet_eval, 1, 500),
     "mimgnet-eval-50shot": (mimgnet_eval, 50, 200),
     "simclr-step": (simclr_step, ""),
-    "simclr-prototypical": (simclr_step, f"@{ROOT}/simclr/recipes/prototypical.txt"),
+    "simclr-prototypical": (simclr_step, shlex.quote(f"@{ROOT}/simclr/recipes/prototypical.txt")),
     "simclr-export": (simclr_export,),
     "omniglot-5way-compiled": (omniglot_step, "--way 5 --sample-size 200 --compile"),
     "mimgnet-step-compiled": (mimgnet_step, "--compile"),
