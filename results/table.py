@@ -19,7 +19,7 @@ from speed import speed_tables
 
 ALONE = "the same, inductive"  # how a row begins
 HEADLINES = (  # in README.md
-    "omniglot/published-5way", "omniglot/canonical",
+    "omniglot/published-5way", "omniglot/published-20way", "omniglot/canonical",
     "mimgnet/neighbours",
 )  # fmt: skip
 
@@ -128,6 +128,17 @@ def rows(experiment, runs, detail=True):
     return [("published, unchanged, at full length", missing, ""), *found] if missing and detail else found
 
 
+def joined(found):
+    """Join rows of one recipe that fill different columns: its trainings for 5 and for 20 ways."""
+    rows = []
+    for how, scores, run in found:
+        if rows and rows[-1][0] == how and not rows[-1][1].keys() & scores.keys():
+            _, others, other = rows.pop()
+            scores, run = others | scores, f"{other}<br>{run}"
+        rows.append((how, scores, run))
+    return rows
+
+
 def table(names=None):
     """Make a table for each data set: the paper's accuracies, and all our runs or those of `names`."""
     runs = read_runs()
@@ -140,7 +151,7 @@ def table(names=None):
         others = OTHERS[experiment].items()
         others = [[name, "alone", *(f"{cell:.2f}" for cell in cells), ""] for name, cells in others]
         lines += others if names is None else others[-1:]
-        for how, scores, run in rows(experiment, runs, detail=names is None):
+        for how, scores, run in joined(rows(experiment, runs, detail=names is None)):
             queries = "alone" if how.startswith(("baseline", ALONE)) and ": EM" not in how else "together"
             lines.append([how, queries, *(scores.get(cell, "") for cell in paper), run])
         parts.append(grid(header, lines))
