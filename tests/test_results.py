@@ -76,8 +76,8 @@ def test_a_cell_says_what_it_differs_by_or_that_it_was_not_run():
         "20way1shot": "80.00 ± 0.50 (-2.21)", "20way5shot": "90.00 ± 0.50 (-0.61)",
     }  # fmt: skip
     assert table.recipe("omniglot", fake("--way 10", {})) == "another: way 10"
-    rows = [("fast", {"a": 1}, "x"), ("fast", {"b": 2}, "y"), ("fast", {"a": 3}, "z"), ("other", {"b": 4}, "")]
-    assert table.joined(rows) == [("fast", {"a": 1, "b": 2}, "x<br>y"), *rows[2:]]
+    one, other, *rest = [("a", {5: 1}, "x"), ("a", {20: 2}, "y"), ("a", {5: 3}, "z"), ("b", {20: 4}, "")]
+    assert table.joined([one, other, *rest]) == [("a", {5: 1, 20: 2}, "x<br>y"), *rest]
 
 
 def test_features_of_changed_views_are_not_the_published_ones():
