@@ -128,7 +128,10 @@ def say_if_small(path, images, kl_weight):
 
     images (classes, members, width). A linear decoder uses no direction of a variance under kl_weight / 2.
     """
-    highest = torch.linalg.eigvalsh(torch.atleast_2d(torch.cov(images.flatten(0, 1).double().T)))[-1]
+    x = images.flatten(0, 1).float()
+    if not x.var(0).max() < kl_weight:  # one feature is enough, and needs no matrix of all pairs
+        return
+    highest = torch.linalg.eigvalsh(torch.atleast_2d(torch.cov(x.T)))[-1]
     if highest < kl_weight:
         found = f"a variance of at most {highest:.2g} in any direction"
         print(f"{path}: {found}; below --kl-weight {kl_weight:g} latents may stay empty, multiply them all")

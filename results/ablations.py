@@ -17,8 +17,8 @@ puts `ways` in results/README.md and the others in results/ablations/README.md.
 import argparse
 import json
 import os
-import statistics
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile

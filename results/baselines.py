@@ -75,12 +75,12 @@ def load_features(folder, run):
         if zlib.crc32(arrays[name]) != found.get("crc32", {}).get(name):
             raise UserError(f"{file}: other features than {path.name} beside it describes")
     train, test = (torch.from_numpy(array) for array in arrays.values())
-    if not found.get("lda"):
-        test = (test - train.mean(0)) / train.std(0).clamp_min(1e-6)
     each = (found.get("images_per_class") or {}).get("test", IMAGES)
     if each != IMAGES or len(test) % IMAGES:
-        found = f"{len(test)} test images, {each} a class found"
-        raise UserError(f"{path}: {found}, {IMAGES} expected as in {run}")
+        said = f"{len(test)} test images, {each} a class found, {IMAGES} expected as in {run}"
+        raise UserError(f"{path}: {said}")
+    if not found.get("lda"):
+        test = (test - train.mean(0)) / train.std(0).clamp_min(1e-6)
     return test.unflatten(0, (-1, IMAGES))
 
 

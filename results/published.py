@@ -91,6 +91,7 @@ def encoder(features):
         of = "" if size == SIMCLR["view_size"] else f", {size} pixels"
         return f"prototypical encoder{near}, {features['batch_size']} x {features['views']} views{of}"
     found = {name: features.get(name, value) for name, value in SIMCLR.items()}  # older ones say less
-    sizes = f"SimCLR in batches of {found['batch_size']} with views of {found['view_size']} pixels"
-    others = [f"{name} {value}" for name, value in [*found.items()][2:] if value != SIMCLR[name]]
-    return "" if found == SIMCLR else ", ".join([sizes, *others])
+    if found == SIMCLR:
+        return ""
+    sizes = f"SimCLR in batches of {found.pop('batch_size')} with views of {found.pop('view_size')} pixels"
+    return ", ".join([sizes, *(f"{name} {value}" for name, value in found.items() if value != SIMCLR[name])])

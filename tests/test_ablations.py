@@ -87,7 +87,7 @@ def test_programs_that_start_another_let_it_save(tmp_path, monkeypatch):
     """Ctrl-C goes to both."""
     export = load("simclr", "export")
     monkeypatch.setattr(export, "PREPARE", tmp_path / "prepare.py")
-    (tmp_path / "prepare.py").write_text(f"{INTERRUPTED.replace('sys.argv[-1]', repr(str(tmp_path)))}")
+    (tmp_path / "prepare.py").write_text(INTERRUPTED.replace("sys.argv[-1]", repr(str(tmp_path))))
     (tmp_path / "train.csv").write_text("")
     place = ["--data-dir", str(tmp_path), "--save-dir", str(tmp_path / "run")]
     for call in (

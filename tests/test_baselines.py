@@ -36,21 +36,23 @@ def test_baselines_of_an_encoder_need_its_features(tmp_path):
     for split, size in (("train", 50), ("test", 1200)):
         arrays[split] = g.normal(3, 2, (size, 4)).astype(np.float32)
         np.save(tmp_path / f"{split}_features.npy", arrays[split])
-    what.write_text(json.dumps(args | {"crc32": {split: zlib.crc32(x) for split, x in arrays.items()}}))
+
+    def describe(**more):
+        crc32 = {split: zlib.crc32(np.load(tmp_path / f"{split}_features.npy")) for split in arrays}
+        what.write_text(json.dumps(args | {"crc32": crc32} | more))
+
+    describe()
     found = load("results", "baselines").load_features(tmp_path, name)
     expected = (arrays["test"] - arrays["train"].mean(0)) / arrays["train"].std(0, ddof=1)
     np.testing.assert_allclose(found, expected.reshape(2, 600, 4), rtol=1e-5, atol=1e-5)
     fails(run("results", name, "--data-dir", what, script="baselines.py"), what / what.name, "not readable")
     for each, size in ((150, 1200), (600, 1150)):  # own data, of other classes
         np.save(tmp_path / "test_features.npy", arrays["test"][:size])
-        crc32 = {"train": zlib.crc32(arrays["train"]), "test": zlib.crc32(arrays["test"][:size])}
-        other = args | {"crc32": crc32, "images_per_class": {"test": each}}
-        (tmp_path / "features.json").write_text(json.dumps(other))
+        describe(images_per_class={"test": each})
         said = f"{size} test images, {each} a class found, 600 expected"
         fails(run("results", name, "--data-dir", tmp_path, script="baselines.py"), said)
     np.save(tmp_path / "test_features.npy", arrays["test"])
-    crc32 = {split: zlib.crc32(x) for split, x in arrays.items()}
-    what.write_text(json.dumps(args | {"crc32": crc32, "lda": 4}))  # coordinates keep their scales
+    describe(lda=4)  # coordinates keep their scales
     found = load("results", "baselines").load_features(tmp_path, name)
     assert np.array_equal(found, arrays["test"].reshape(2, 600, 4))
     kept = "simclr/neighbours/seed0"
